@@ -1,0 +1,47 @@
+"""The CPU's own covariance update: the same sums as the reference, with less arithmetic."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+BLOCKED_FROM = 768  # below this n the products of a blocked triangle are too small to be fast (measured)
+BLOCK = 384
+
+
+@contextmanager
+def _products_in_bfloat16() -> Iterator[None]:
+    """Let float32 matmuls multiply in bfloat16 and add in float32: exact for inputs that are bfloat16 values."""
+    backend = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = backend.fp32_precision
+    backend.fp32_precision = "bf16"  # process-wide, hence restored
+    try:
+        yield
+    finally:
+        backend.fp32_precision = before
+
+
+def covariance_update_(S: Tensor, X: Tensor, mask: Tensor | None = None, alpha: float = 1.0) -> None:
+    """S += α · Xᵀ diag(mask) X on the lower triangle of S, in place; the strict upper triangle is left undefined.
+
+    Shapes and dtypes as `reference.covariance_update_`. Row blocks of the triangle halve the arithmetic from
+    n = 768 on; bfloat16 inputs are multiplied at bfloat16 speed with float32-accurate sums where the CPU can.
+    """
+    if mask is not None:
+        X = X[mask]
+    if X.dtype == torch.bfloat16 and S.dtype == torch.float32:
+        with _products_in_bfloat16():
+            _lower_triangle_(S, X.float(), alpha)
+    else:
+        _lower_triangle_(S, X.to(S.dtype), alpha)
+
+
+def _lower_triangle_(S: Tensor, X: Tensor, alpha: float) -> None:
+    n = X.shape[1]
+    if n < BLOCKED_FROM:
+        S.addmm_(X.T, X, alpha=alpha)
+        return
+    for i in range(0, n, BLOCK):
+        j = min(i + BLOCK, n)
+        S[i:j, :j].addmm_(X[:, i:j].T, X[:, :j], alpha=alpha)

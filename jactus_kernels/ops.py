@@ -1,0 +1,176 @@
+"""The public operators: torch.library custom ops with fake and autograd registrations.
+
+Each op's default implementation is the reference; a device's own is registered on top of it (CPU below, CUDA by
+importing its module). So `torch.compile`, `torch.export` and `opcheck` see one opaque, well-described operator.
+"""
+
+import torch
+from torch import Tensor
+
+from . import cpu, reference
+from .errors import JactusError
+
+
+@torch.library.custom_op("jactus::covariance_update", mutates_args={"S"})
+def _covariance_update(S: Tensor, X: Tensor, mask: Tensor | None, alpha: float) -> None:
+    reference.covariance_update_(S, X, mask, alpha)
+
+
+_covariance_update.register_kernel("cpu")(cpu.covariance_update_)
+_covariance_update.register_fake(lambda S, X, mask, alpha: None)
+
+
+@torch.library.custom_op("jactus::core_linear", mutates_args=())
+def _core_linear(x: Tensor, U: Tensor, C: Tensor, V: Tensor, bias: Tensor | None) -> Tensor:
+    return reference.core_linear(x, U, C, V, bias)
+
+
+@_core_linear.register_fake
+def _(x, U, C, V, bias):
+    return x.new_empty(x.shape[0], U.shape[0])
+
+
+@torch.library.custom_op("jactus::core_linear_train", mutates_args=())
+def _core_linear_train(x: Tensor, U: Tensor, C: Tensor, V: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    return reference.core_linear_train(x, U, C, V, bias)
+
+
+@_core_linear_train.register_fake
+def _(x, U, C, V, bias):
+    return x.new_empty(x.shape[0], U.shape[0]), x.new_empty(x.shape[0], V.shape[1])
+
+
+@torch.library.custom_op("jactus::core_linear_backward", mutates_args=())
+def _core_linear_backward(
+    g: Tensor, h: Tensor, U: Tensor, C: Tensor, V: Tensor, need_x: bool, need_C: bool
+) -> tuple[Tensor, Tensor]:
+    return reference.core_linear_backward(g, h, U, C, V, need_x, need_C)
+
+
+@_core_linear_backward.register_fake
+def _(g, h, U, C, V, need_x, need_C):
+    return (
+        g.new_empty((g.shape[0], V.shape[0]) if need_x else (0,)),
+        g.new_empty(tuple(C.shape) if need_C else (0,)),
+    )
+
+
+def _save_for_backward(ctx, inputs, output) -> None:
+    _, U, C, V, _ = inputs
+    ctx.save_for_backward(output[1], U, C, V)
+
+
+def _backward(ctx, g: Tensor, _g_h: Tensor):
+    h, U, C, V = ctx.saved_tensors
+    need_x, _, need_C, _, need_bias = ctx.needs_input_grad
+    g_x = g_C = None
+    if need_x or need_C:
+        g_x, g_C = _core_linear_backward(g, h, U, C, V, need_x, need_C)
+    return g_x if need_x else None, None, g_C if need_C else None, None, g.sum(0) if need_bias else None
+
+
+_core_linear_train.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+@torch.library.custom_op("jactus::folded_linear", mutates_args=())
+def _folded_linear(x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
+    return reference.folded_linear(x, left, right, bias)
+
+
+@_folded_linear.register_fake
+def _(x, left, right, bias):
+    return x.new_empty(x.shape[0], left.shape[0])
+
+
+def covariance_update_(S: Tensor, X: Tensor, mask: Tensor | None = None, alpha: float = 1.0) -> Tensor:
+    """S += α · Xᵀ diag(mask) X, in place, on the lower triangle of S; returns S.
+
+    S: (n, n), float32 or float64, contiguous; its strict upper triangle is undefined until `symmetrize_(S)`.
+    X: (T, n), any floating dtype and stride, T ≥ 0; mask: (T,) bool, True keeps a row. Sums are made in S's dtype.
+
+    Raises JactusError for shapes, dtypes or devices that do not fit.
+    """
+    n = X.shape[-1]
+    if X.dim() != 2 or S.shape != (n, n):
+        raise JactusError(
+            f"covariance_update_: S {tuple(S.shape)} and X {tuple(X.shape)} do not fit; "
+            "pass X as (T, n) and S as (n, n) (flatten leading dimensions with X.flatten(0, -2))"
+        )
+    if S.dtype not in (torch.float32, torch.float64):
+        raise JactusError(f"covariance_update_: S has dtype {S.dtype}; sums need float32 or float64")
+    if S.device != X.device or not X.is_floating_point():
+        raise JactusError(
+            f"covariance_update_: S is on {S.device}, X is {X.dtype} on {X.device}; "
+            "move both to one device and pass a floating X"
+        )
+    if mask is not None and (mask.shape != X.shape[:1] or mask.dtype != torch.bool):
+        raise JactusError(
+            f"covariance_update_: mask {tuple(mask.shape)} {mask.dtype} must be bool of shape ({X.shape[0]},)"
+        )
+    _covariance_update(S, X, mask, alpha)
+    return S
+
+
+def core_linear(x: Tensor, U: Tensor, C: Tensor, V: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y = x (U C Vᵀ)ᵀ + b, never forming the m×n weight, in the forward or in the backward.
+
+    x: (..., n); U: (m, r); C: (r, r); V: (n, r); bias: (m,) or None; y: (..., m). Under autocast all are cast to its
+    dtype; otherwise all must share one. Gradients flow to x, C and bias through the fused backward, which keeps only
+    h = x V; if U or V require grad, plain autograd is used, with the same result and more memory.
+
+    Raises JactusError for shapes or dtypes that do not fit.
+    """
+    x, U, C, V, bias = _autocast(x, U, C, V, bias)
+    (m, r), n = U.shape, V.shape[0]
+    if x.shape[-1] != n or C.shape != (r, r) or V.shape[1] != r or (bias is not None and bias.shape != (m,)):
+        raise JactusError(
+            f"core_linear: x {tuple(x.shape)}, U {tuple(U.shape)}, C {tuple(C.shape)}, V {tuple(V.shape)}, bias "
+            f"{None if bias is None else tuple(bias.shape)} do not fit; need x (..., n), U (m, r), C (r, r), V (n, r)"
+        )
+    _same_dtype("core_linear", x, U, C, V, bias)
+    if torch.is_grad_enabled() and (U.requires_grad or V.requires_grad):
+        return reference.core_linear(x, U, C, V, bias)
+    flat = x.reshape(-1, n)
+    wants_grad = x.requires_grad or C.requires_grad or (bias is not None and bias.requires_grad)
+    if torch.is_grad_enabled() and wants_grad:
+        y = _core_linear_train(flat, U, C, V, bias)[0]
+    else:
+        y = _core_linear(flat, U, C, V, bias)
+    return y.reshape(*x.shape[:-1], m)
+
+
+def folded_linear(x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y = x (left right)ᵀ + b, the deployed two-factor layer.
+
+    x: (..., n); left: (m, r); right: (r, n); bias: (m,) or None; y: (..., m). Dtypes as `core_linear`.
+    Where a gradient is wanted, plain autograd is used: the result is the same.
+
+    Raises JactusError for shapes or dtypes that do not fit.
+    """
+    x, left, right, bias = _autocast(x, left, right, bias)
+    (m, r), n = left.shape, right.shape[1]
+    if x.shape[-1] != n or right.shape[0] != r or (bias is not None and bias.shape != (m,)):
+        raise JactusError(
+            f"folded_linear: x {tuple(x.shape)}, left {tuple(left.shape)}, right {tuple(right.shape)} do not fit; "
+            "need x (..., n), left (m, r), right (r, n)"
+        )
+    _same_dtype("folded_linear", x, left, right, bias)
+    tensors = (x, left, right, bias)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return reference.folded_linear(x, left, right, bias)
+    return _folded_linear(x.reshape(-1, n), left, right, bias).reshape(*x.shape[:-1], m)
+
+
+def _autocast(x: Tensor, *others: Tensor | None) -> tuple:
+    """Cast as `torch.nn.functional.linear` would; in the wrapper, since an op can register one dtype only."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+        return (x, *others)
+    dtype = torch.get_autocast_dtype(device)
+    return (x.to(dtype), *(None if t is None else t.to(dtype) for t in others))
+
+
+def _same_dtype(op: str, x: Tensor, *others: Tensor | None) -> None:
+    dtypes = [x.dtype, *(t.dtype for t in others if t is not None)]
+    if len(set(dtypes)) > 1:
+        raise JactusError(f"{op}: one dtype is needed, got {dtypes}; cast the layer or run under torch.autocast")

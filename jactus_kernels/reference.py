@@ -1,0 +1,61 @@
+"""The definition of right: every operator in plain PyTorch, with the signatures of the fast ones.
+
+Letters: T tokens, m outputs, n inputs, r rank. A layer's weight is W = U C Vᵀ with U (m, r), C (r, r), V (n, r).
+"""
+
+from torch import Tensor
+from torch.nn.functional import linear
+
+
+def covariance_update_(S: Tensor, X: Tensor, mask: Tensor | None = None, alpha: float = 1.0) -> None:
+    """S += α · Xᵀ diag(mask) X, in place.
+
+    Only the lower triangle of S is defined; call `symmetrize_` once, at the end. (This one fills both.)
+
+    S: (n, n), float32 or float64; X: (T, n), any floating dtype, summed in S's dtype; mask: (T,) bool, True keeps.
+    """
+    if mask is not None:
+        X = X[mask]
+    X = X.to(S.dtype)
+    S.addmm_(X.T, X, alpha=alpha)
+
+
+def symmetrize_(S: Tensor) -> Tensor:
+    """Copy the lower triangle of S (n, n) onto the upper one, in place; returns S."""
+    n = S.shape[0]
+    # By strips, so that a large S never has a second copy beside it.
+    for i in range(0, n, 1024):
+        j = min(i + 1024, n)
+        block = S[i:j, i:j]
+        block.copy_(block.tril() + block.tril(-1).T)
+        S[i:j, j:] = S[j:, i:j].T
+    return S
+
+
+def core_linear(x: Tensor, U: Tensor, C: Tensor, V: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y = x (U C Vᵀ)ᵀ + b for x (..., n), U (m, r), C (r, r), V (n, r), bias (m,); y (..., m) in x's dtype."""
+    return linear(linear(x @ V, C), U, bias)
+
+
+def core_linear_train(x: Tensor, U: Tensor, C: Tensor, V: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`core_linear` that also returns h = x V (T, r), the only activation its backward needs."""
+    h = x @ V
+    return linear(linear(h, C), U, bias), h
+
+
+def core_linear_backward(
+    g: Tensor, h: Tensor, U: Tensor, C: Tensor, V: Tensor, need_x: bool, need_C: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `core_linear` for frozen U and V: q = g U, g_C = qᵀ h, g_x = (q C) Vᵀ; no m×n matrix is formed.
+
+    g: (T, m); h: (T, r). Returns (g_x (T, n), g_C (r, r)); one that is not needed comes back with no elements.
+    """
+    q = g @ U
+    g_x = (q @ C) @ V.T if need_x else g.new_empty(0)
+    g_C = q.T @ h if need_C else g.new_empty(0)
+    return g_x, g_C
+
+
+def folded_linear(x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y = x (left right)ᵀ + b for x (..., n), left (m, r), right (r, n), bias (m,); y (..., m) in x's dtype."""
+    return linear(linear(x, right), left, bias)

@@ -1,0 +1,33 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="jactus-kernels",
+    version="0.1.0",
+    description="Make a pretrained transformer smaller and task-adapted in one step",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["jactus", "jactus.*", "jactus_kernels", "jactus_kernels.*"]),
+    package_data={"jactus": ["py.typed"], "jactus_kernels": ["py.typed"]},
+    entry_points={"console_scripts": ["jactus = jactus.cli:main"]},
+    # A lower bound only: an installed torch satisfies it and is never replaced.
+    install_requires=[
+        "torch>=2.6",
+        "triton; platform_system == 'Linux'",
+        "transformers>=5.0",
+        "accelerate",  # transformers imports it to load any checkpoint that carries a quantization_config
+        "safetensors",
+        "numpy",
+        "tqdm",
+        "matplotlib",
+        "xxhash",  # checkpoint digests at memory speed; sha256 would double the time of a load
+    ],
+    extras_require={
+        "test": ["pytest", "pytest-benchmark"],
+        "bench": ["peft", "gguf"],
+        "lint": ["ruff==0.17.6", "mypy==2.4.1"],
+    },
+)
