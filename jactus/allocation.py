@@ -1,0 +1,121 @@
+"""Step 4: how much rank each layer gets under one budget, by marginal gain per unit of cost.
+
+A layer offers points (cost, gain) at its admissible ranks and, last, at dense: gain is the loss avoided, the sum of the
+squared singular values kept in the metric (one unit over all layers), cost is parameters, bytes or FLOPs. Marginal gain
+per cost along the upper concave hull of these points falls, so the best steps of all layers, sorted by slope and taken
+until the budget is spent, are optimal up to one step. Dense is a point like any other: past break-even a layer jumps to
+it when that pays more than rank elsewhere, and otherwise leaves its budget to others.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from jactus_kernels import JactusError
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What one layer offers: parallel arrays over its admissible ranks, rising in rank, cost and gain; dense is last.
+
+    ranks: (J,) integers, the last one standing for dense; cost, gain: (J,) float64.
+    """
+
+    name: str
+    ranks: np.ndarray
+    cost: np.ndarray
+    gain: np.ndarray
+
+    @property
+    def dense(self) -> int:
+        """The index of the dense point."""
+        return len(self.ranks) - 1
+
+
+def admissible_ranks(m: int, n: int, multiple: int, folded: bool) -> np.ndarray:
+    """Multiples of `multiple` at which factors cost less than the dense m×n; none if even the first does not."""
+    ranks = np.arange(multiple, min(m, n) + 1, multiple)
+    return ranks[parameters(m, n, ranks, folded) < m * n]
+
+
+def parameters(m: int, n: int, rank, folded: bool):  # noqa: ANN001, ANN201: an int or an array
+    """Parameters of a factored layer: r(m+n) folded, r(m+n)+r² with its core."""
+    return rank * (m + n) + (0 if folded else rank * rank)
+
+
+def allocate(offers: list[Offer], budget: float, fraction: float, uniform: bool, floor: int | float) -> list[int]:
+    """For each offer the index of the point chosen, at a total cost of `budget` at most.
+
+    fraction: the budget as a part of the dense cost, which is what every layer gets when `uniform`.
+    floor: under global allocation a layer's least rank (int), or that part of its uniform rank (float).
+
+    Raises JactusError when the floors alone cost more than the budget.
+    """
+    even = [_affordable(o, fraction * o.cost[-1]) for o in offers]
+    if uniform:
+        chosen = even
+    else:
+        floors = [_floor_index(o, e, floor) for o, e in zip(offers, even)]
+        chosen = _by_marginal_gain(offers, budget, floors)
+    spent = sum(o.cost[c] for o, c in zip(offers, chosen))
+    if spent > budget * (1 + 1e-12):
+        least = sum(o.cost[0] for o in offers) / max(sum(o.cost[-1] for o in offers), 1)
+        raise JactusError(
+            f"a budget of {fraction:.4g} of the targeted layers is less than their least ranks cost; raise the budget, "
+            f"lower rank_floor or rank_multiple (the smallest ranks of all cost {least:.4g})"
+        )
+    return chosen
+
+
+def _affordable(offer: Offer, cost: float) -> int:
+    """The last point that costs no more, or the first."""
+    return max(int(np.searchsorted(offer.cost, cost * (1 + 1e-12), side="right")) - 1, 0)
+
+
+def _floor_index(offer: Offer, even: int, floor: int | float) -> int:
+    rank = floor if isinstance(floor, int) else int(floor * offer.ranks[even])
+    if isinstance(floor, int) or even != offer.dense:
+        # the first admissible rank that is not below the floor
+        return min(int(np.searchsorted(offer.ranks[:-1], rank)), offer.dense if isinstance(floor, int) else even)
+    return _affordable(offer, floor * offer.cost[-1])
+
+
+def _by_marginal_gain(offers: list[Offer], budget: float, floors: list[int]) -> list[int]:
+    """A threshold on the slopes of all hulls at once; then, in the same order, what still fits of the steps cut off."""
+    chosen = list(floors)
+    layer, target, cost, slope = [], [], [], []
+    for i, (offer, start) in enumerate(zip(offers, floors)):
+        hull = upper_hull(offer.cost[start:], offer.gain[start:]) + start
+        steps = np.diff(offer.cost[hull])
+        layer.append(np.full(len(steps), i)), target.append(hull[1:])
+        cost.append(steps), slope.append(np.diff(offer.gain[hull]) / steps)
+    left = budget - sum(o.cost[c] for o, c in zip(offers, chosen))
+    if left < 0 or not layer:
+        return chosen
+    layers, targets, costs = np.concatenate(layer), np.concatenate(target), np.concatenate(cost)
+    order = np.argsort(-np.concatenate(slope), kind="stable")  # stable: ties go to the earlier layer, in its own order
+    taken = int(np.searchsorted(np.cumsum(costs[order]), left * (1 + 1e-12), side="right"))
+    np.maximum.at(reached := np.array(chosen), layers[order[:taken]], targets[order[:taken]])
+    chosen = reached.tolist()
+    left -= float(costs[order[:taken]].sum())
+    for step in order[taken:]:
+        offer, now, goal = offers[layers[step]], chosen[layers[step]], int(targets[step])
+        best = min(_affordable(offer, offer.cost[now] + left), goal)
+        if best > now and offer.gain[best] > offer.gain[now]:
+            left -= offer.cost[best] - offer.cost[now]
+            chosen[layers[step]] = best
+    return chosen
+
+
+def upper_hull(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Indices of the upper concave hull of points rising in x, from the first to the highest."""
+    top = int(np.argmax(y))
+    hull: list[int] = []
+    for k in range(top + 1):
+        while len(hull) > 1:
+            i, j = hull[-2], hull[-1]
+            if (y[j] - y[i]) * (x[k] - x[i]) > (y[k] - y[i]) * (x[j] - x[i]):
+                break
+            hull.pop()
+        hull.append(k)
+    return np.array(hull)

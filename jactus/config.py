@@ -1,0 +1,156 @@
+"""Everything that can be chosen, in one frozen data class; each field says what it means and who decided its default."""
+
+import dataclasses
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+
+from jactus_kernels import JactusError
+
+METRICS = ("identity", "input", "gradient", "fisher")
+SOURCES = ("weight", "covariance", "gradient")
+
+
+def option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class JactusConfig:
+    """The settings of the whole method. Hashable, JSON-serialisable, validated when made.
+
+    Raises JactusError for a value out of range, naming the field, the value and what is allowed.
+    """
+
+    budget: float = option(0.8, "What to keep, as a fraction in (0, 1] of `budget_unit` over `scope`.")
+    budget_unit: str = option("parameters", "'parameters', 'bytes' (as stored) or 'flops' (per calibration token).")
+    accounting: str = option(
+        "three_factor",
+        "'three_factor' counts r(m+n)+r² a layer, what is stored while training; 'folded' counts r(m+n), what is "
+        "deployed. '80%' is ambiguous without this word.",
+    )
+    scope: str = option("targets", "'targets': the budget is of the targeted layers' weights; 'model': of the model.")
+
+    target_modules: str | tuple[str, ...] = option(
+        "all-linear",
+        "As in PEFT: 'all-linear' (every Linear or Conv1D of the base model; not the head, not the embeddings), a "
+        "regular expression matched against the whole name, or a list of name endings.",
+    )
+    exclude_modules: str | tuple[str, ...] = option((), "Same forms as target_modules; taken away from the targets.")
+
+    metric: str = option("fisher", "'identity' (plain SVD), 'input' (activation whitening), 'gradient' or 'fisher'.")
+    damping: float = option(0.01, "λ in A + λ·mean(diag A)·I, likewise G; relative, so free of the loss's scale.")
+
+    union: tuple[str, ...] = option(
+        ("weight", "gradient"),
+        "Where directions come from: 'weight' (SVD in the metric; always), 'covariance' (leading eigenvectors of G and "
+        "A: the paper's), 'gradient' (leading singular vectors of the mean gradient: our addition).",
+    )
+    union_share: float = option(0.25, "The part of each rank given to the sources other than 'weight', in [0, 1).")
+    coordinates: str = option(
+        "fisher",
+        "Coordinates of the core: 'fisher' whitens the bases by G and A so that Adam on the core is preconditioned "
+        "(our choice; the function computed is the same), 'orthonormal' is the paper's.",
+    )
+    coordinate_damping: float = option(0.1, "Damping of the metric used for 'fisher' coordinates; at least `damping`.")
+
+    allocation: str = option("global", "'global' by marginal gain per unit of cost, or 'uniform'.")
+    rank_floor: int | float = option(
+        0.5,
+        "The least rank of a layer under 'global': an int is a rank, a float in [0, 1] a part of the layer's uniform "
+        "rank. A floor keeps core parameters to adapt with in layers that are easy to compress (measured).",
+    )
+    rank_multiple: int = option(
+        16, "Ranks are multiples of this, so that rows stay aligned for tiles and vector loads."
+    )
+
+    statistics_dtype: str = option("float32", "'float32' or 'float64': the dtype the covariances are summed in.")
+    statistics_device: str | None = option(None, "Where sums are kept, e.g. 'cpu' to spare the GPU; None: the layer's.")
+    memory_limit: int | None = option(
+        None, "Bytes of sums held at a time. Above it, calibration takes several passes over the batches."
+    )
+    loss_scale: float = option(1.0, "The loss is multiplied by it before backward, and the gradients divided by it.")
+
+    dtype: str | None = option(None, "Storage of U and V; None: the dtype of the layer they replace.")
+    core_dtype: str | None = option(None, "Storage of the cores; None: the layer's dtype, at least float32.")
+    trainable_extras: tuple[str, ...] = option(
+        ("head",),
+        "What trains beside the cores: 'head' (a task head; never the output embedding of a language model), 'bias' "
+        "(of the compressed layers), or name endings of further modules.",
+    )
+    trainable_rank: int | None = option(
+        None, "Train only this leading block of each core; None: all of it. For cores too large for the optimizer."
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("target_modules", "exclude_modules", "union", "trainable_extras"):
+            value = getattr(self, name)
+            if not isinstance(value, str | tuple):
+                object.__setattr__(self, name, tuple(value))
+        checks = {
+            "budget": 0 < self.budget <= 1,
+            "budget_unit": self.budget_unit in ("parameters", "bytes", "flops"),
+            "accounting": self.accounting in ("three_factor", "folded"),
+            "scope": self.scope in ("targets", "model"),
+            "metric": self.metric in METRICS,
+            "damping": self.damping > 0,
+            "union": "weight" in self.union and set(self.union) <= set(SOURCES),
+            "union_share": 0 <= self.union_share < 1,
+            "coordinates": self.coordinates in ("fisher", "orthonormal"),
+            "coordinate_damping": self.coordinate_damping >= self.damping,
+            "allocation": self.allocation in ("global", "uniform"),
+            "rank_floor": self.rank_floor >= 0 and (isinstance(self.rank_floor, int) or self.rank_floor <= 1),
+            "rank_multiple": self.rank_multiple >= 1,
+            "statistics_dtype": self.statistics_dtype in ("float32", "float64"),
+            "memory_limit": self.memory_limit is None or self.memory_limit > 0,
+            "loss_scale": self.loss_scale > 0,
+            "dtype": self.dtype is None or is_floating(self.dtype),
+            "core_dtype": self.core_dtype is None or is_floating(self.core_dtype),
+            "trainable_rank": self.trainable_rank is None or self.trainable_rank >= 1,
+        }
+        for name, ok in checks.items():
+            if not ok:
+                help = next(f.metadata["help"] for f in fields(self) if f.name == name)
+                raise JactusError(f"JactusConfig.{name} = {getattr(self, name)!r} is not allowed. {help}")
+
+    @property
+    def needs_input(self) -> bool:
+        """Whether calibration must sum Σ_x."""
+        return self.metric in ("input", "fisher") or "covariance" in self.task_sources
+
+    @property
+    def needs_output(self) -> bool:
+        """Whether calibration must sum Σ_g."""
+        return self.metric in ("gradient", "fisher") or "covariance" in self.task_sources
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether calibration must sum the gradient of the weight itself."""
+        return "gradient" in self.task_sources
+
+    @property
+    def task_sources(self) -> tuple[str, ...]:
+        """The union's sources other than the weight; none when they get no share of the rank."""
+        return tuple(s for s in self.union if s != "weight") if self.union_share > 0 else ()
+
+    def replace(self, **changes: Any) -> "JactusConfig":
+        """A copy with some fields changed, validated again."""
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "JactusConfig":
+        """The inverse of `to_dict`; raises JactusError for a field this version does not know."""
+        unknown = set(values) - {f.name for f in fields(cls)}
+        if unknown:
+            raise JactusError(f"JactusConfig has no field {sorted(unknown)}; the file is from a newer version: upgrade")
+        return cls(**values)
+
+
+def is_floating(name: str) -> bool:
+    dtype = getattr(torch, name, None)
+    return isinstance(dtype, torch.dtype) and dtype.is_floating_point

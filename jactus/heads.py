@@ -1,0 +1,96 @@
+"""Fit a fresh task head before calibrating: gradients through a random head say nothing about the task."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from jactus_kernels import JactusError
+
+from .calibration import frozen_eval
+from .losses import Loss, loss_sum, to_device
+from .training import head_parameters
+
+
+def fit_head(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    loss: Loss | None = None,
+    l2: float = 1e-4,
+    iterations: int = 100,
+    progress: bool = True,
+) -> float:
+    """Fit the task head alone, on the frozen features of the base model (a linear probe); returns the mean loss.
+
+    The base model runs once per batch; its outputs are kept in memory and the head is fitted to them by full-batch
+    L-BFGS under the model's own loss (or `loss`), with a penalty of l2·‖weights‖² on the mean.
+
+    Raises JactusError when the model has no head outside its base model, or a batch has no loss.
+    """
+    head = head_parameters(model)
+    if not head:
+        raise JactusError(
+            f"{type(model).__name__} has no task head outside its base model; nothing to fit (a language model needs none)"
+        )
+    base: nn.Module = model.base_model  # type: ignore[assignment]
+    device = next(model.parameters()).device
+    wanted = {name: p.requires_grad for name, p in model.named_parameters()}
+    kept: list[tuple[Any, Any]] = []
+    with frozen_eval(model):
+        handle = base.register_forward_hook(lambda module, args, output: kept.append((batch, output)))
+        try:
+            with torch.no_grad():
+                for index, batch in enumerate(tqdm(batches, "features", unit="batch", disable=not progress)):
+                    batch = to_device(batch, device)
+                    loss_sum(model, batch, loss, index)
+        finally:
+            handle.remove()
+        if not kept:
+            raise JactusError("no batch came out of `batches`; pass a list or loader with at least one")
+        try:
+            return _minimise(model, base, list(head.values()), kept, loss, l2, iterations)
+        finally:
+            vars(base).pop("forward", None)
+            for name, p in model.named_parameters():
+                p.requires_grad_(wanted[name])
+
+
+def _minimise(
+    model: nn.Module,
+    base: nn.Module,
+    head: list[nn.Parameter],
+    kept: list[tuple[Any, Any]],
+    loss: Loss | None,
+    l2: float,
+    iterations: int,
+) -> float:
+    for p in head:
+        p.requires_grad_(True)
+    optimizer = torch.optim.LBFGS(head, max_iter=iterations, history_size=20, line_search_fn="strong_wolfe")
+    final = float("nan")
+
+    def closure() -> Tensor:
+        nonlocal final
+        optimizer.zero_grad()
+        total, count = 0.0, 0
+        gradients = [torch.zeros_like(p) for p in head]
+        for index, (batch, output) in enumerate(kept):
+            # The base model answers from memory, so the model's own code computes pooling, logits and loss.
+            base.forward = lambda *args, output=output, **kwargs: output  # type: ignore[method-assign]
+            summed, terms = loss_sum(model, batch, loss, index)
+            for total_gradient, g in zip(gradients, torch.autograd.grad(summed, head)):
+                total_gradient += g
+            total, count = total + float(summed), count + terms
+        final = total / count
+        penalty = sum(l2 * float(p.detach().square().sum()) for p in head if p.dim() > 1)
+        for p, g in zip(head, gradients):
+            p.grad = g / count + (2 * l2 * p.detach() if p.dim() > 1 else 0)
+        return torch.tensor(final + penalty)
+
+    optimizer.step(closure)
+    for p in head:
+        p.grad = None
+    return final

@@ -1,0 +1,144 @@
+"""What a model or a plan amounts to: counts, a table, a rank map and the spectra with the chosen cut."""
+
+import os
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from .layers import CoreLinear, LowRankLinear, compressed_layers
+
+if TYPE_CHECKING:
+    from .plan import Plan
+
+
+@dataclass(frozen=True)
+class Size:
+    """Parameters of a model: `stored` as it is, `folded` once its cores are folded, `trainable`; and the bytes that
+    AdamW keeps for the trainable ones (two moments in the parameter's dtype)."""
+
+    stored: int
+    folded: int
+    trainable: int
+    optimizer_bytes: int
+    stored_bytes: int
+
+
+def size(model: nn.Module) -> Size:
+    """Count a model's parameters; tied ones once."""
+    parameters = list(model.parameters())
+    trainable = [p for p in parameters if p.requires_grad]
+    saved = 0
+    for layer in compressed_layers(model).values():
+        if isinstance(layer, CoreLinear):
+            own = sum(p.numel() for n, p in layer.named_parameters() if n != "bias")
+            m, n = layer.out_features, layer.in_features
+            saved += own - min(layer.rank * (m + n), m * n)
+    stored = sum(p.numel() for p in parameters)
+    return Size(
+        stored,
+        stored - saved,
+        sum(p.numel() for p in trainable),
+        sum(2 * p.numel() * p.element_size() for p in trainable),
+        sum(p.numel() * p.element_size() for p in parameters),
+    )
+
+
+def plan_table(plan: "Plan") -> str:
+    """A plan as text: one line a layer, then what it all costs."""
+    wide = max(map(len, plan.layers))
+    lines = [f"{'layer':<{wide}}  {'shape':>12}  {'rank':>5}  kept"]
+    for name, layer in plan.layers.items():
+        rank = plan.ranks[name]
+        energy = layer.energies
+        weight_rank = len(energy) if rank is None else rank - int(layer.share(plan.config) * rank)
+        kept = float(energy[:weight_rank].sum() / energy.sum()) if float(energy.sum()) else 1.0
+        shape = f"{layer.m}×{layer.n}"
+        lines.append(f"{name:<{wide}}  {shape:>12}  {'dense' if rank is None else rank:>5}  {kept:.4f}")
+    dense = plan.dense_parameters
+    lines.append(
+        f"targeted weights {dense:,}; stored {plan.stored_parameters:,} ({plan.stored_parameters / dense:.1%}), folded "
+        f"{plan.folded_parameters:,} ({plan.folded_parameters / dense:.1%}), cores {plan.core_parameters:,}; predicted "
+        f"rise of the loss before training {plan.predicted_loss:.4g}"
+    )
+    return "\n".join(lines)
+
+
+def rank_map(plan: "Plan", path: str | os.PathLike) -> None:
+    """Draw the share of each layer's full rank that was kept: blocks of the model across, kinds of layer down."""
+    import numpy as np
+
+    rows, columns, values = _grid({n: (r, plan.layers[n]) for n, r in plan.ranks.items()})
+    figure, axes = _figure(0.55 * len(columns) + 3.2, 0.4 * len(rows) + 1.4)
+    grid = np.full((len(rows), len(columns)), np.nan)
+    for (kind, block), (rank, layer) in values.items():
+        i, j = rows.index(kind), columns.index(block)
+        grid[i, j] = 1.0 if rank is None else rank / min(layer.m, layer.n)
+        axes.text(j, i, "dense" if rank is None else rank, ha="center", va="center", fontsize=7, color="black")
+    image = axes.imshow(grid, cmap="YlGnBu", vmin=0, vmax=1.6, aspect="auto")
+    image.set_clim(0, 1.4)
+    axes.set_xticks(range(len(columns)), columns, fontsize=8)
+    axes.set_yticks(range(len(rows)), rows, fontsize=8)
+    axes.set_xlabel("block")
+    axes.set_title(
+        f"Ranks at {plan.config.budget:.0%} ({plan.config.accounting.replace('_', '-')} accounting)", fontsize=10
+    )
+    _save(figure, path)
+
+
+def spectra(plan: "Plan", path: str | os.PathLike) -> None:
+    """Draw every layer's squared singular values in the metric, with a dot where its weight directions were cut."""
+    figure, axes = _figure(7.5, 4.2)
+    kinds = sorted({_kind_and_block(name)[0] for name in plan.layers})
+    colours = {kind: f"C{i % 10}" for i, kind in enumerate(kinds)}
+    for name, layer in plan.layers.items():
+        kind = _kind_and_block(name)[0]
+        energy, rank = layer.energies.numpy(), plan.ranks[name]
+        seen = axes.get_legend_handles_labels()[1]
+        label = kind if kind not in seen else None
+        axes.semilogy(range(1, len(energy) + 1), energy, color=colours[kind], lw=0.9, alpha=0.65, label=label)
+        if rank is not None:
+            cut = max(rank - int(layer.share(plan.config) * rank), 1)
+            axes.plot(cut, energy[cut - 1], "o", color=colours[kind], ms=4, mec="white", mew=0.5)
+    top = max(float(layer.energies.max()) for layer in plan.layers.values())
+    axes.set_ylim(max(top * 1e-10, 1e-30), top * 3)
+    axes.set_xlabel("direction")
+    axes.set_ylabel("σ²: loss if dropped, ×2")
+    axes.set_title(
+        f"Spectra in the {plan.config.metric} metric; a dot marks the cut at {plan.config.budget:.0%}", fontsize=10
+    )
+    axes.legend(fontsize=7, ncol=2)
+    _save(figure, path)
+
+
+def _kind_and_block(name: str) -> tuple[str, str]:
+    """'bert.encoder.layer.3.attention.self.query' → ('attention.self.query', '3'); decoder blocks apart from encoder's."""
+    parts = re.split(r"\.(\d+)\.", name, maxsplit=1)
+    if len(parts) == 1:
+        return name, "–"
+    side = {"encoder": "e", "decoder": "d"}.get(parts[0].split(".")[0], "") if "." not in parts[0] else ""
+    return re.sub(r"\.\d+\.", ".", parts[2]), f"{side}{parts[1]}"
+
+
+def _grid(entries: dict) -> tuple[list[str], list[str], dict]:
+    values = {_kind_and_block(name): entry for name, entry in entries.items()}
+    return list(dict.fromkeys(k for k, _ in values)), list(dict.fromkeys(b for _, b in values)), values
+
+
+def _figure(width: float, height: float):
+    # Imported here: matplotlib would double the time of `import jactus`.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _save(figure, path: str | os.PathLike) -> None:
+    figure.savefig(path, dpi=130)
+
+
+def describe_layers(model: nn.Module) -> str:
+    """One line per low-rank layer of a model."""
+    layers: dict[str, LowRankLinear] = compressed_layers(model)
+    return "\n".join(f"{name}: {layer}" for name, layer in layers.items())

@@ -1,0 +1,106 @@
+"""Step 5 and 6 on a model: put the three factors in, fold them to two, or multiply them out again."""
+
+import torch
+from torch import nn
+
+from jactus_kernels import JactusError
+
+from .config import JactusConfig
+from .layers import CoreLinear, LowRankLinear, compressed_layers, refuse_compressed, replace_module
+from .loader import record
+from .plan import Plan, PlannedLayer, core_dtype
+from .subspace import change_coordinates
+from .targets import find_targets
+from .training import mark_trainable
+
+
+def compress(model: nn.Module, plan: Plan) -> nn.Module:
+    """Replace the planned layers of `model` by three factors, in place; only cores and chosen extras then require grad.
+
+    Every layer is checked before the first is touched. Returns the model.
+
+    Raises JactusError when the model is compressed already or is not the one the plan was made for.
+    """
+    refuse_compressed(model)
+    targets = find_targets(model, plan.config)
+    for name, layer in plan.layers.items():
+        target = targets.get(name)
+        if target is None or target.fingerprint != layer.fingerprint:
+            found = "has no such layer" if target is None else f"has other weights there ({target})"
+            raise JactusError(
+                f"the plan is of another model: {name} ({layer.m}×{layer.n}) is planned, and this {type(model).__name__} "
+                f"{found}; plan this model (and compress before training it, not after)"
+            )
+    for name, layer in plan.layers.items():
+        rank = plan.ranks[name]
+        if rank is not None:
+            replace_module(model, name, core_linear_from(layer, rank, targets[name].module, plan.config))
+    mark_trainable(model, plan.config.trainable_extras)
+    record(model)
+    return model
+
+
+@torch.no_grad()
+def core_linear_from(layer: PlannedLayer, rank: int, old: nn.Module, config: JactusConfig) -> CoreLinear:
+    """The three-factor layer of a planned layer at `rank`, with the bias, device, dtype and mode of the old one."""
+    weight: torch.Tensor = old.weight  # type: ignore[assignment]
+    U, C, V = layer.directions.factors(rank, layer.share(config))
+    extra = config.coordinate_damping - config.damping
+    whiten = config.coordinates == "fisher"
+    U, C, V = change_coordinates(U, C, V, whiten, extra * layer.scales[0], extra * layer.scales[1])
+    basis = getattr(torch, config.dtype) if config.dtype else weight.dtype
+    with torch.device("meta"):
+        new = CoreLinear(layer.m, layer.n, rank, trainable_rank=config.trainable_rank, transposed=_is_transposed(old))
+    for name, value, dtype in (("U", U, basis), ("core", C, core_dtype(config, basis)), ("V", V, basis)):
+        trains = getattr(new, name).requires_grad
+        setattr(new, name, nn.Parameter(value.to(weight.device, dtype).contiguous(), requires_grad=trains))
+    if new.block is not None:
+        new.block = nn.Parameter(torch.zeros(new.block.shape, dtype=new.core.dtype, device=weight.device))
+    new.bias = old.bias  # type: ignore[assignment]
+    return new.train(old.training)
+
+
+def _is_transposed(layer: nn.Module) -> bool:
+    return not isinstance(layer, nn.Linear)
+
+
+@torch.no_grad()
+def fold(model: nn.Module) -> nn.Module:
+    """Multiply each core into its cheaper side, in place: two factors, r(m+n) parameters, the same function to rounding.
+
+    A layer that would not be smaller than dense becomes dense. The folded model is for deployment: its factors do not
+    train. Returns the model.
+
+    Raises JactusError when the model is in training mode, or has no three-factor layer.
+    """
+    if model.training:
+        raise JactusError(
+            "fold ends training (a folded layer has no core to train) and the model is in training mode; call "
+            "model.eval() first, and save a copy with jactus.save_pretrained if you want to train on"
+        )
+    layers = {name: layer for name, layer in compressed_layers(model).items() if isinstance(layer, CoreLinear)}
+    if not layers:
+        raise JactusError(f"{type(model).__name__} has no three-factor layer to fold; compress it first")
+    for name, layer in layers.items():
+        m, n = layer.out_features, layer.in_features
+        smaller = layer.rank * (m + n) < m * n
+        replace_module(model, name, layer.folded() if smaller else layer.dense())
+    record(model)
+    return model
+
+
+@torch.no_grad()
+def merge(model: nn.Module) -> nn.Module:
+    """Make the model dense again, in place: plain Linear (or Conv1D) layers with the same function to rounding.
+
+    Returns the model, which `save_pretrained` then writes as an ordinary checkpoint.
+
+    Raises JactusError when the model has no low-rank layer.
+    """
+    layers: dict[str, LowRankLinear] = compressed_layers(model)
+    if not layers:
+        raise JactusError(f"{type(model).__name__} has no low-rank layer to merge; it is dense already")
+    for name, layer in layers.items():
+        replace_module(model, name, layer.dense())
+    record(model)
+    return model
