@@ -30,7 +30,7 @@ def adapt(
     """Compress `model` for the task of `batches`, in place, ready to be trained by any loop; returns it.
 
     budget: what to keep, in (0, 1]; overrides config.budget. fit_head: first fit a fresh task head to frozen features.
-    The other arguments are those of `calibrate`. For several budgets call `calibrate` and `plan` once and use `plan.at`.
+    The other arguments are those of `calibrate`. For several budgets calibrate and plan once, and use `plan.at`.
 
     Raises JactusError as `fit_head`, `calibrate`, `plan` and `compress` do.
     """
@@ -39,9 +39,7 @@ def adapt(
         config = config.replace(budget=budget)
     if fit_head:
         if iter(batches) is batches:
-            raise JactusError(
-                "fit_head reads the batches once more, but they come from an iterator; pass a list or loader"
-            )
+            raise JactusError("fit_head reads the batches twice, but they come from an iterator; pass a list or loader")
         fit(model, batches, loss=loss, progress=progress)
     statistics = calibrate(model, batches, config, loss=loss, resume=resume, progress=progress)
     return compress(model, plan(model, statistics, config, progress=progress))

@@ -8,6 +8,7 @@ it when that pays more than rank elsewhere, and otherwise leaves its budget to o
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -16,20 +17,21 @@ from jactus_kernels import JactusError
 
 @dataclass(frozen=True)
 class Offer:
-    """What one layer offers: parallel arrays over its admissible ranks, rising in rank, cost and gain; dense is last.
+    """What one layer offers: parallel arrays over its admissible ranks, rising in rank, cost and gain.
 
-    ranks: (J,) integers, the last one standing for dense; cost, gain: (J,) float64.
+    ranks, cost, gain: (J,), J ≥ 1; with `ends_dense` the last point is the dense layer. dense_cost: what it costs.
     """
 
     name: str
     ranks: np.ndarray
     cost: np.ndarray
     gain: np.ndarray
+    ends_dense: bool
+    dense_cost: float
 
-    @property
-    def dense(self) -> int:
-        """The index of the dense point."""
-        return len(self.ranks) - 1
+    def is_dense(self, index: int) -> bool:
+        """Whether a point is the dense layer."""
+        return self.ends_dense and index == len(self.ranks) - 1
 
 
 def admissible_ranks(m: int, n: int, multiple: int, folded: bool) -> np.ndarray:
@@ -38,7 +40,7 @@ def admissible_ranks(m: int, n: int, multiple: int, folded: bool) -> np.ndarray:
     return ranks[parameters(m, n, ranks, folded) < m * n]
 
 
-def parameters(m: int, n: int, rank, folded: bool):  # noqa: ANN001, ANN201: an int or an array
+def parameters(m: int, n: int, rank: Any, folded: bool) -> Any:
     """Parameters of a factored layer: r(m+n) folded, r(m+n)+r² with its core."""
     return rank * (m + n) + (0 if folded else rank * rank)
 
@@ -51,7 +53,7 @@ def allocate(offers: list[Offer], budget: float, fraction: float, uniform: bool,
 
     Raises JactusError when the floors alone cost more than the budget.
     """
-    even = [_affordable(o, fraction * o.cost[-1]) for o in offers]
+    even = [_affordable(o, fraction * o.dense_cost) for o in offers]
     if uniform:
         chosen = even
     else:
@@ -59,7 +61,7 @@ def allocate(offers: list[Offer], budget: float, fraction: float, uniform: bool,
         chosen = _by_marginal_gain(offers, budget, floors)
     spent = sum(o.cost[c] for o, c in zip(offers, chosen))
     if spent > budget * (1 + 1e-12):
-        least = sum(o.cost[0] for o in offers) / max(sum(o.cost[-1] for o in offers), 1)
+        least = sum(o.cost[0] for o in offers) / max(sum(o.dense_cost for o in offers), 1)
         raise JactusError(
             f"a budget of {fraction:.4g} of the targeted layers is less than their least ranks cost; raise the budget, "
             f"lower rank_floor or rank_multiple (the smallest ranks of all cost {least:.4g})"
@@ -73,38 +75,32 @@ def _affordable(offer: Offer, cost: float) -> int:
 
 
 def _floor_index(offer: Offer, even: int, floor: int | float) -> int:
-    rank = floor if isinstance(floor, int) else int(floor * offer.ranks[even])
-    if isinstance(floor, int) or even != offer.dense:
-        # the first admissible rank that is not below the floor
-        return min(int(np.searchsorted(offer.ranks[:-1], rank)), offer.dense if isinstance(floor, int) else even)
-    return _affordable(offer, floor * offer.cost[-1])
+    if isinstance(floor, float) and offer.is_dense(even):
+        return _affordable(offer, floor * offer.dense_cost)
+    last, least = (len(offer.ranks) - 1, floor) if isinstance(floor, int) else (even, floor * offer.ranks[even])
+    return min(int(np.searchsorted(offer.ranks, int(least))), last)  # the first admissible rank not below the floor
 
 
 def _by_marginal_gain(offers: list[Offer], budget: float, floors: list[int]) -> list[int]:
     """A threshold on the slopes of all hulls at once; then, in the same order, what still fits of the steps cut off."""
-    chosen = list(floors)
-    layer, target, cost, slope = [], [], [], []
-    for i, (offer, start) in enumerate(zip(offers, floors)):
-        hull = upper_hull(offer.cost[start:], offer.gain[start:]) + start
-        steps = np.diff(offer.cost[hull])
-        layer.append(np.full(len(steps), i)), target.append(hull[1:])
-        cost.append(steps), slope.append(np.diff(offer.gain[hull]) / steps)
-    left = budget - sum(o.cost[c] for o, c in zip(offers, chosen))
-    if left < 0 or not layer:
-        return chosen
-    layers, targets, costs = np.concatenate(layer), np.concatenate(target), np.concatenate(cost)
-    order = np.argsort(-np.concatenate(slope), kind="stable")  # stable: ties go to the earlier layer, in its own order
-    taken = int(np.searchsorted(np.cumsum(costs[order]), left * (1 + 1e-12), side="right"))
-    np.maximum.at(reached := np.array(chosen), layers[order[:taken]], targets[order[:taken]])
-    chosen = reached.tolist()
-    left -= float(costs[order[:taken]].sum())
+    chosen = np.array(floors)
+    left = budget - sum(o.cost[c] for o, c in zip(offers, floors))
+    hulls = [upper_hull(o.cost[c:], o.gain[c:]) + c for o, c in zip(offers, floors)]
+    layer = np.repeat(np.arange(len(offers)), [len(h) - 1 for h in hulls])
+    goal = np.concatenate([h[1:] for h in hulls])
+    cost = np.concatenate([np.diff(o.cost[h]) for o, h in zip(offers, hulls)])
+    gain = np.concatenate([np.diff(o.gain[h]) for o, h in zip(offers, hulls)])
+    order = np.argsort(-gain / cost, kind="stable")  # stable: ties go to the earlier layer, in its own order
+    taken = int(np.searchsorted(np.cumsum(cost[order]), left * (1 + 1e-12), side="right"))
+    np.maximum.at(chosen, layer[order[:taken]], goal[order[:taken]])
+    left -= float(cost[order[:taken]].sum())
     for step in order[taken:]:
-        offer, now, goal = offers[layers[step]], chosen[layers[step]], int(targets[step])
-        best = min(_affordable(offer, offer.cost[now] + left), goal)
+        offer, now = offers[layer[step]], chosen[layer[step]]
+        best = min(_affordable(offer, offer.cost[now] + left), int(goal[step]))
         if best > now and offer.gain[best] > offer.gain[now]:
             left -= offer.cost[best] - offer.cost[now]
-            chosen[layers[step]] = best
-    return chosen
+            chosen[layer[step]] = best
+    return chosen.tolist()
 
 
 def upper_hull(x: np.ndarray, y: np.ndarray) -> np.ndarray:

@@ -74,7 +74,7 @@ def save_cores(model: nn.Module, path: str | os.PathLike) -> None:
     Raises JactusError when the model has no three-factor layer, or the disk refuses.
     """
     bases = _bases(model)
-    tensors = {name: p for name, p in model.named_parameters() if p.requires_grad or name.endswith(".core")}
+    tensors = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad or name.endswith(".core")}
     storage.write(path, "cores", tensors, {"bases": bases})
 
 

@@ -61,6 +61,9 @@ class JactusConfig:
         "The least rank of a layer under 'global': an int is a rank, a float in [0, 1] a part of the layer's uniform "
         "rank. A floor keeps core parameters to adapt with in layers that are easy to compress (measured).",
     )
+    leave_dense: bool = option(
+        True, "Whether a layer may stay dense, where that preserves more per unit of cost than rank elsewhere does."
+    )
     rank_multiple: int = option(
         16, "Ranks are multiples of this, so that rows stay aligned for tiles and vector loads."
     )

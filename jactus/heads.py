@@ -40,12 +40,14 @@ def fit_head(
     wanted = {name: p.requires_grad for name, p in model.named_parameters()}
     kept: list[tuple[Any, Any]] = []
     with frozen_eval(model):
-        handle = base.register_forward_hook(lambda module, args, output: kept.append((batch, output)))
+        outputs: list[Any] = []
+        handle = base.register_forward_hook(lambda module, args, output: outputs.append(output))
         try:
             with torch.no_grad():
                 for index, batch in enumerate(tqdm(batches, "features", unit="batch", disable=not progress)):
                     batch = to_device(batch, device)
                     loss_sum(model, batch, loss, index)
+                    kept.append((batch, outputs.pop()))
         finally:
             handle.remove()
         if not kept:
@@ -79,11 +81,11 @@ def _minimise(
         gradients = [torch.zeros_like(p) for p in head]
         for index, (batch, output) in enumerate(kept):
             # The base model answers from memory, so the model's own code computes pooling, logits and loss.
-            base.forward = lambda *args, output=output, **kwargs: output  # type: ignore[method-assign]
+            base.forward = lambda *args, output=output, **kwargs: output
             summed, terms = loss_sum(model, batch, loss, index)
             for total_gradient, g in zip(gradients, torch.autograd.grad(summed, head)):
                 total_gradient += g
-            total, count = total + float(summed), count + terms
+            total, count = total + float(summed.detach()), count + terms
         final = total / count
         penalty = sum(l2 * float(p.detach().square().sum()) for p in head if p.dim() > 1)
         for p, g in zip(head, gradients):

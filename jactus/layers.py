@@ -1,5 +1,7 @@
 """The two layers that stand where a Linear or Conv1D stood: three factors to train, two to deploy."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -36,7 +38,7 @@ class LowRankLinear(nn.Module):
 
     def dense(self) -> nn.Module:
         """The Linear (or Conv1D) that computes the same function."""
-        layer: nn.Module
+        layer: Any
         with torch.device("meta"):
             if self.transposed:
                 layer = Conv1D(self.out_features, self.in_features)

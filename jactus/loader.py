@@ -41,7 +41,7 @@ class JactusQuantizationConfig(QuantizationConfigMixin):
     ) -> None:
         if format > FORMAT:
             raise JactusError(f"the checkpoint has format {format}, newer than {FORMAT}: upgrade jactus-kernels")
-        self.quant_method = METHOD
+        self.quant_method = METHOD  # type: ignore[assignment]
         self.layers, self.trainable, self.format = layers or {}, trainable or [], format
         if files:
             self.files = files
@@ -55,7 +55,7 @@ def describe(model: nn.Module) -> JactusQuantizationConfig:
 
 def _describe_layer(layer: LowRankLinear, model: nn.Module) -> dict[str, Any]:
     core = isinstance(layer, CoreLinear)
-    bases = layer.U if isinstance(layer, CoreLinear) else layer.left  # type: ignore[union-attr]
+    bases = layer.U if isinstance(layer, CoreLinear) else layer.left
     kept: dict[str, Any] = {
         "form": "core" if core else "folded",
         "m": layer.out_features,

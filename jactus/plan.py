@@ -47,7 +47,7 @@ class PlannedLayer:
         ranks = admissible_ranks(m, n, config.rank_multiple, folded)
         kept = np.concatenate([[0.0], np.cumsum(self.energies.numpy())])
         weight_ranks = ranks - np.array([task_rank(int(r), self.share(config)) for r in ranks], dtype=int)
-        gain = np.append(kept[np.minimum(weight_ranks, len(kept) - 1)], kept[-1])
+        gain = kept[np.minimum(weight_ranks, len(kept) - 1)]
         basis, core = self.sizes
         if config.budget_unit == "bytes":
             cost = parameters(m, n, ranks, True) * basis + (0 if folded else ranks * ranks * core)
@@ -56,7 +56,10 @@ class PlannedLayer:
             # FLOPs are 2 a parameter and token; layers differ in how many tokens reach them
             each = 2 * self.tokens if config.budget_unit == "flops" else 1
             cost, dense = parameters(m, n, ranks, folded) * each, m * n * each
-        return Offer(self.name, np.append(ranks, min(m, n)), np.append(cost, dense).astype(float), gain)
+        ends_dense = config.leave_dense or not len(ranks)
+        if ends_dense:
+            ranks, cost, gain = np.append(ranks, min(m, n)), np.append(cost, dense), np.append(gain, kept[-1])
+        return Offer(self.name, ranks, cost.astype(float), gain, ends_dense, float(dense))
 
     def share(self, config: JactusConfig) -> float:
         """The part of the rank that goes to task directions: none where the layer has none."""
@@ -221,7 +224,7 @@ class _RootCache:
 
 def _factor(target: Target, covariance: Tensor | None, size: int, config: JactusConfig) -> Tensor | None:
     try:
-        return metric_factor(covariance, config.damping, size, target.module.weight.device)
+        return metric_factor(covariance, config.damping, size, target.weight.device)
     except (JactusError, torch.linalg.LinAlgError) as e:
         raise JactusError(f"{target}: {e}") from e
 
@@ -292,7 +295,7 @@ def _with_ranks(plan: Plan) -> Plan:
                 f"(embeddings, norms, heads) is {plan.other_parameters} parameters already; raise it or use scope='targets'"
             )
         fraction = min(fraction, 1.0)
-    budget = fraction * sum(float(o.cost[-1]) for o in offers)
+    budget = fraction * sum(o.dense_cost for o in offers)
     chosen = allocate(offers, budget, fraction, config.allocation == "uniform", config.rank_floor)
-    ranks = {o.name: None if c == o.dense else int(o.ranks[c]) for o, c in zip(offers, chosen)}
+    ranks = {o.name: None if o.is_dense(c) else int(o.ranks[c]) for o, c in zip(offers, chosen)}
     return replace(plan, ranks=ranks)

@@ -72,7 +72,7 @@ def read(path: str | os.PathLike, kind: str) -> tuple[dict[str, Tensor], dict[st
                 raise JactusError(
                     f"{path} has format {header['format']}, newer than {FORMAT}: upgrade jactus-kernels to read it"
                 )
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: not a dict
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, KeyError) as e:
         if isinstance(e, JactusError):
             raise

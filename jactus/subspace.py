@@ -152,7 +152,8 @@ def directions(
         right_sources.append(_leading_eigenvectors(input_covariance.to(W.device), tasks))
     if gradient is not None:
         d_left, d_right = _leading_singular_vectors(gradient.to(W.device), tasks)
-        left_sources.append(d_left), right_sources.append(d_right)
+        left_sources.append(d_left)
+        right_sources.append(d_right)
     left, task_left = _side(u, P[:, :keep], _in_turn(left_sources, tasks, W[:, :0]), L_G)
     right, task_right = _side(v, Qt[:keep].T, _in_turn(right_sources, tasks, W.T[:, :0]), L_A)
     count = min(left.task.shape[1], right.task.shape[1])
@@ -185,7 +186,7 @@ def _leading_singular_vectors(D: Tensor, count: int) -> tuple[Tensor, Tensor]:
     if D.shape[0] > D.shape[1]:
         right, left = _leading_singular_vectors(D.T, count)
         return left, right
-    values, left = torch.linalg.eigh(D @ D.T)
+    left = torch.linalg.eigh(D @ D.T)[1]
     left = left.flip(1)[:, :count]
     right = D.T @ left
     lengths = right.norm(dim=0)

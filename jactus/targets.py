@@ -3,6 +3,7 @@
 import logging
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import xxhash
@@ -30,7 +31,7 @@ class Target:
     @property
     def weight(self) -> Tensor:
         """W as (m, n); GPT-2's Conv1D keeps it the other way round."""
-        weight = self.module.weight.detach()
+        weight = self.module.get_parameter("weight").detach()
         return weight.T if self.transposed else weight
 
     @property
@@ -86,8 +87,8 @@ def find_targets(model: nn.Module, config: JactusConfig) -> dict[str, Target]:
 
 def _target(name: str, module: nn.Module) -> Target:
     transposed = isinstance(module, Conv1D)
-    weight = module.weight
-    m, n = reversed(weight.shape) if transposed else weight.shape
+    rows, columns = module.get_parameter("weight").shape
+    m, n = (columns, rows) if transposed else (rows, columns)
     return Target(name, module, m, n, transposed)
 
 
@@ -146,7 +147,7 @@ def _refuse_experts(name: str, module: nn.Module) -> None:
         )
 
 
-def _refuse_unsuitable(name: str, module: nn.Module, tied: set[int]) -> None:
+def _refuse_unsuitable(name: str, module: Any, tied: set[int]) -> None:
     kind = type(module).__name__
     if hasattr(module, "base_layer"):
         raise JactusError(f"{name} is wrapped by an adapter ({kind}); merge it first (peft: model.merge_and_unload())")
