@@ -53,7 +53,7 @@ def allocate(offers: list[Offer], budget: float, fraction: float, uniform: bool,
 
     Raises JactusError when the floors alone cost more than the budget.
     """
-    even = [_affordable(o, fraction * o.dense_cost) for o in offers]
+    even = _evenly(offers, budget, fraction)
     if uniform:
         chosen = even
     else:
@@ -66,6 +66,23 @@ def allocate(offers: list[Offer], budget: float, fraction: float, uniform: bool,
             f"a budget of {fraction:.4g} of the targeted layers is less than their least ranks cost; raise the budget, "
             f"lower rank_floor or rank_multiple (the smallest ranks of all cost {least:.4g})"
         )
+    return chosen
+
+
+def _evenly(offers: list[Offer], budget: float, fraction: float) -> list[int]:
+    """What every layer affords with the same part of its dense cost: `fraction`, or less where some layers' least ranks
+    cost more than that and the others must make up for it."""
+
+    def at(part: float) -> list[int]:
+        return [_affordable(o, part * o.dense_cost) for o in offers]
+
+    low, high = 0.0, fraction
+    chosen = at(high)
+    while sum(o.cost[c] for o, c in zip(offers, chosen)) > budget * (1 + 1e-12) and high - low > 1e-6:
+        middle = (low + high) / 2
+        over = sum(o.cost[c] for o, c in zip(offers, at(middle))) > budget
+        low, high = (low, middle) if over else (middle, high)
+        chosen = at(low)
     return chosen
 
 

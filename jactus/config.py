@@ -62,7 +62,9 @@ class JactusConfig:
         "rank. A floor keeps core parameters to adapt with in layers that are easy to compress (measured).",
     )
     leave_dense: bool = option(
-        True, "Whether a layer may stay dense, where that preserves more per unit of cost than rank elsewhere does."
+        False,
+        "Whether a layer may stay dense where that preserves more per unit of cost than rank elsewhere. Right for a model "
+        "that will not be trained; otherwise a dense layer has no core to adapt with. (A budget of 1 is always dense.)",
     )
     rank_multiple: int = option(
         16, "Ranks are multiples of this, so that rows stay aligned for tiles and vector loads."

@@ -296,6 +296,8 @@ def _with_ranks(plan: Plan) -> Plan:
             )
         fraction = min(fraction, 1.0)
     budget = fraction * sum(o.dense_cost for o in offers)
+    if fraction >= 1:  # nothing to save, and dense is exact
+        return replace(plan, ranks=dict.fromkeys(plan.layers))
     chosen = allocate(offers, budget, fraction, config.allocation == "uniform", config.rank_floor)
     ranks = {o.name: None if o.is_dense(c) else int(o.ranks[c]) for o, c in zip(offers, chosen)}
     return replace(plan, ranks=ranks)

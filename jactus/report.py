@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -69,10 +70,12 @@ def rank_map(plan: "Plan", path: str | os.PathLike) -> None:
     """Draw the share of each layer's full rank that was kept: blocks of the model across, kinds of layer down."""
     import numpy as np
 
-    rows, columns, values = _grid({n: (r, plan.layers[n]) for n, r in plan.ranks.items()})
+    where = places(plan.layers)
+    rows, columns = (list(dict.fromkeys(axis)) for axis in zip(*where.values()))
     figure, axes = _figure(0.55 * len(columns) + 3.2, 0.4 * len(rows) + 1.4)
     grid = np.full((len(rows), len(columns)), np.nan)
-    for (kind, block), (rank, layer) in values.items():
+    for name, (kind, block) in where.items():
+        rank, layer = plan.ranks[name], plan.layers[name]
         i, j = rows.index(kind), columns.index(block)
         grid[i, j] = 1.0 if rank is None else rank / min(layer.m, layer.n)
         axes.text(j, i, "dense" if rank is None else rank, ha="center", va="center", fontsize=7, color="black")
@@ -90,10 +93,11 @@ def rank_map(plan: "Plan", path: str | os.PathLike) -> None:
 def spectra(plan: "Plan", path: str | os.PathLike) -> None:
     """Draw every layer's squared singular values in the metric, with a dot where its weight directions were cut."""
     figure, axes = _figure(7.5, 4.2)
-    kinds = sorted({_kind_and_block(name)[0] for name in plan.layers})
+    where = places(plan.layers)
+    kinds = sorted({kind for kind, _ in where.values()})
     colours = {kind: f"C{i % 10}" for i, kind in enumerate(kinds)}
     for name, layer in plan.layers.items():
-        kind = _kind_and_block(name)[0]
+        kind = where[name][0]
         energy, rank = layer.energies.numpy(), plan.ranks[name]
         seen = axes.get_legend_handles_labels()[1]
         label = kind if kind not in seen else None
@@ -112,18 +116,21 @@ def spectra(plan: "Plan", path: str | os.PathLike) -> None:
     _save(figure, path)
 
 
-def _kind_and_block(name: str) -> tuple[str, str]:
-    """'bert.encoder.layer.3.attention.self.query' → ('attention.self.query', '3'); decoder blocks apart from encoder's."""
-    parts = re.split(r"\.(\d+)\.", name, maxsplit=1)
-    if len(parts) == 1:
-        return name, "–"
-    side = {"encoder": "e", "decoder": "d"}.get(parts[0].split(".")[0], "") if "." not in parts[0] else ""
-    return re.sub(r"\.\d+\.", ".", parts[2]), f"{side}{parts[1]}"
+def places(names: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Each layer's kind and block: 'bert.encoder.layer.3.attention.self.query' → ('attention.self.query', '3').
 
-
-def _grid(entries: dict) -> tuple[list[str], list[str], dict]:
-    values = {_kind_and_block(name): entry for name, entry in entries.items()}
-    return list(dict.fromkeys(k for k, _ in values)), list(dict.fromkeys(b for _, b in values)), values
+    Where a model has several stacks of blocks, their names tell kinds apart ('decoder SelfAttention.q').
+    """
+    split = {name: re.split(r"\.(\d+)\.", name, maxsplit=1) for name in names}
+    stacks = {parts[0] for parts in split.values() if len(parts) > 1}
+    found = {}
+    for name, parts in split.items():
+        if len(parts) == 1:
+            found[name] = (name, "–")
+            continue
+        kind = re.sub(r"\blayer\.\d+\.", "", parts[2])
+        found[name] = (f"{parts[0].split('.')[0]} {kind}" if len(stacks) > 1 else kind, parts[1])
+    return found
 
 
 def _figure(width: float, height: float):

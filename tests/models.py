@@ -1,5 +1,7 @@
 """Tiny random models of every family, with a batch each: real architectures, no downloads."""
 
+import copy
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -15,9 +17,11 @@ from transformers import (
     ViTConfig,
 )
 
+import jactus
 from jactus import JactusConfig
 
 SMALL = JactusConfig(rank_multiple=2, union=("weight", "covariance", "gradient"), trainable_extras=("head", "bias"))
+EVERY = SMALL.replace(leave_dense=False, budget=0.7)  # no target stays dense
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,8 @@ class Family:
 
     def model(self, seed=0, dtype=torch.float32):
         torch.manual_seed(seed)
-        return self.auto.from_config(self.config).to(dtype).eval()
+        # a model writes into its config, so each gets its own
+        return self.auto.from_config(copy.deepcopy(self.config)).to(dtype).eval()
 
     def batch(self, rows=4, length=7, seed=0):
         g = torch.Generator().manual_seed(seed)
@@ -113,3 +118,22 @@ FAMILIES = [
 ]
 BY_NAME = {family.name: family for family in FAMILIES}
 BERT, LLAMA, GPT2, VIT, T5 = FAMILIES
+
+
+def cast(batch, dtype):
+    """The batch with its floating-point tensors in dtype."""
+    return {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()}
+
+
+@functools.cache
+def planned(name, config=SMALL, dtype=torch.float32):
+    """The plan of a family's model (seed 0), made once per test run."""
+    family = BY_NAME[name]
+    model = family.model(dtype=dtype)
+    statistics = jactus.calibrate(model, [cast(b, dtype) for b in family.batches()], config, progress=False)
+    return jactus.plan(model, statistics, config, progress=False)
+
+
+def compressed(family, config=SMALL, dtype=torch.float32):
+    """A compressed model of a family, in eval mode."""
+    return jactus.compress(family.model(dtype=dtype), planned(family.name, config, dtype))

@@ -1,0 +1,161 @@
+"""A plan on a real architecture: what it counts, predicts, keeps, and gives back after a file."""
+
+import copy
+
+import pytest
+import torch
+
+import jactus
+from jactus import JactusConfig, JactusError, Plan
+from tests.models import BERT, SMALL, T5
+
+
+@pytest.fixture(scope="module")
+def bert():
+    model = BERT.model()
+    return model, jactus.calibrate(model, BERT.batches(), SMALL, progress=False)
+
+
+def planned(bert, **changes):
+    model, statistics = bert
+    return jactus.plan(model, statistics, SMALL.replace(**changes), progress=False)
+
+
+@pytest.mark.parametrize("accounting", ["three_factor", "folded"])
+@pytest.mark.parametrize("allocation", ["global", "uniform"])
+@pytest.mark.parametrize("budget", [1.0, 0.8, 0.5, 0.35])
+def test_counts_are_those_of_the_compressed_model(bert, accounting, allocation, budget):
+    plan = planned(bert, accounting=accounting, allocation=allocation, rank_multiple=1).at(budget)
+    model = copy.deepcopy(bert[0])
+    before = jactus.size(model).stored
+    jactus.compress(model, plan)
+    after = jactus.size(model)
+    spent = plan.stored_parameters if accounting == "three_factor" else plan.folded_parameters
+    assert spent <= budget * plan.dense_parameters
+    assert before - after.stored == plan.dense_parameters - plan.stored_parameters
+    assert before - after.folded == plan.dense_parameters - plan.folded_parameters
+    trained = sum(p.numel() for n, p in model.named_parameters() if n.endswith("core"))
+    assert trained == plan.core_parameters
+    if plan.core_parameters:
+        assert jactus.size(jactus.fold(model.eval())).stored == after.folded
+    else:
+        assert budget == 1.0
+
+
+def test_the_predicted_loss_is_the_quadratic_form_it_stands_for(bert):
+    model, statistics = bert
+    plan = planned(bert, union=("weight",), budget=0.5)
+    small = jactus.compress(copy.deepcopy(model), plan)
+    expected = 0.0
+    for name, rank in plan.ranks.items():
+        if rank is None:
+            continue
+        change = (
+            small.get_submodule(name).dense_weight().detach().double()
+            - model.get_submodule(name).weight.detach().double()
+        )
+        A, G = statistics.input_covariance(name).double(), statistics.output_covariance(name).double()
+        A += SMALL.damping * A.diagonal().mean() * torch.eye(len(A))
+        G += SMALL.damping * G.diagonal().mean() * torch.eye(len(G))
+        expected += 0.5 * float(torch.trace(G @ change @ A @ change.T))
+    assert plan.predicted_loss == pytest.approx(expected, rel=1e-4)
+
+
+def test_at_is_the_plan_for_that_budget(bert):
+    plan = planned(bert, budget=0.8)
+    assert plan.at(0.5).ranks == planned(bert, budget=0.5).ranks != plan.ranks
+    assert plan.at(0.5).at(0.8).ranks == plan.ranks
+    losses = [plan.at(b).predicted_loss for b in (0.3, 0.5, 0.8, 1.0)]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] == 0
+
+
+def test_a_plan_from_a_file_compresses_without_statistics(bert, tmp_path):
+    plan = planned(bert, budget=0.6)
+    plan.save(tmp_path / "plan.safetensors")
+    loaded = Plan.load(tmp_path / "plan.safetensors")
+    assert (loaded.ranks, loaded.config) == (plan.ranks, plan.config)
+    ours, theirs = (jactus.compress(copy.deepcopy(bert[0]), p) for p in (plan, loaded))
+    for (name, p), q in zip(ours.named_parameters(), theirs.parameters()):
+        assert torch.equal(p, q), name
+
+
+@pytest.mark.parametrize("metric", ["identity", "input", "gradient", "fisher"])
+@pytest.mark.parametrize("coordinates", ["fisher", "orthonormal"])
+def test_coordinates_do_not_change_the_function(bert, metric, coordinates):
+    plan = planned(bert, metric=metric, coordinates=coordinates, budget=0.5)
+    reference = planned(bert, metric=metric, coordinates="orthonormal", budget=0.5)
+    batch = BERT.batch()
+    ours, theirs = (jactus.compress(copy.deepcopy(bert[0]), p)(**batch).logits for p in (plan, reference))
+    assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_plain_svd_needs_no_statistics():
+    model = BERT.model()
+    config = SMALL.replace(metric="identity", union=("weight",), budget=0.5, allocation="uniform")
+    small = jactus.compress(copy.deepcopy(model), jactus.plan(model, None, config, progress=False))
+    name = "bert.encoder.layer.0.intermediate.dense"
+    layer = small.get_submodule(name)
+    P, s, Q = torch.linalg.svd(model.get_submodule(name).weight.double(), full_matrices=False)
+    best = (P[:, : layer.rank] * s[: layer.rank]) @ Q[: layer.rank]
+    assert torch.allclose(layer.dense_weight().double(), best, atol=1e-6)
+
+
+def test_budgets_of_bytes_and_flops():
+    model = T5.model().to(torch.bfloat16)
+    statistics = jactus.calibrate(model, T5.batches(), SMALL, progress=False)
+    by_bytes = jactus.plan(model, statistics, SMALL.replace(budget=0.6, budget_unit="bytes"), progress=False)
+    dense = sum(p.numel() * 2 for n, p in model.named_parameters() if n.removesuffix(".weight") in by_bytes.layers)
+    small = jactus.compress(copy.deepcopy(model), by_bytes)
+    spent = sum(
+        p.numel() * p.element_size()
+        for n, p in small.named_parameters()
+        if any(n.startswith(f"{layer}.") for layer in by_bytes.layers)
+    )
+    assert spent <= 0.6 * dense
+    by_flops = jactus.plan(model, statistics, SMALL.replace(budget=0.6, budget_unit="flops"), progress=False)
+    tokens = {name: layer.tokens for name, layer in by_flops.layers.items()}
+    assert len(set(tokens.values())) > 1, "encoder and decoder see different numbers of tokens"
+    full = sum(layer.m * layer.n * layer.tokens for layer in by_flops.layers.values())
+    cost = 0
+    for name, layer in by_flops.layers.items():
+        rank = by_flops.ranks[name]
+        each = layer.m * layer.n if rank is None else rank * (layer.m + layer.n + rank)
+        cost += each * layer.tokens
+    assert cost <= 0.6 * full
+
+
+def test_a_budget_of_the_whole_model(bert):
+    model = copy.deepcopy(bert[0])
+    total = jactus.size(model).stored
+    jactus.compress(model, planned(bert, scope="model", budget=0.8))
+    assert 0.7 * total < jactus.size(model).stored <= 0.8 * total
+    with pytest.raises(JactusError, match="embeddings"):
+        planned(bert, scope="model", budget=0.1)
+
+
+def test_trainable_rank_trains_the_leading_block(bert):
+    plan = planned(bert, budget=0.7, trainable_rank=2, leave_dense=False)
+    whole = jactus.compress(copy.deepcopy(bert[0]), planned(bert, budget=0.7, leave_dense=False))
+    model = jactus.compress(copy.deepcopy(bert[0]), plan)
+    batch = BERT.batch()
+    assert torch.equal(model(**batch).logits, whole(**batch).logits)
+    blocks = {n: p for n, p in model.named_parameters() if n.endswith(".block")}
+    assert blocks
+    assert all(p.shape == (2, 2) and p.requires_grad for p in blocks.values())
+    model(**batch).loss.backward()
+    whole(**batch).loss.backward()
+    for name, block in blocks.items():
+        core = whole.get_parameter(name.replace(".block", ".core"))
+        assert torch.allclose(block.grad, core.grad[:2, :2], atol=1e-7)
+    with torch.no_grad():
+        for block in blocks.values():
+            block += torch.randn_like(block)
+    before = model(**batch).logits
+    assert torch.allclose(jactus.fold(model)(**batch).logits, before, atol=1e-5)
+
+
+def test_the_defaults_are_what_the_help_says():
+    config = JactusConfig()
+    assert JactusConfig.from_dict(config.to_dict()) == config
+    assert hash(config) == hash(JactusConfig(target_modules="all-linear"))

@@ -1,0 +1,251 @@
+"""Calibration: what is summed, that it does not depend on how the examples come, and that nothing is left behind."""
+
+import copy
+import multiprocessing
+
+import pytest
+import torch
+from torch import nn
+
+import jactus
+from jactus import Statistics
+from jactus.recorder import Recorder
+from tests.models import BERT, FAMILIES, GPT2, LLAMA, SMALL, T5, VIT
+
+DOUBLE = SMALL.replace(statistics_dtype="float64")
+
+
+def calibrated(model, batches, config=DOUBLE, **kwargs):
+    return jactus.calibrate(model, batches, config, progress=False, **kwargs)
+
+
+def same(a: Statistics, b: Statistics, rtol=1e-10):
+    assert a.terms == b.terms
+    assert a.tokens == b.tokens
+    assert list(a.layers) == list(b.layers)
+    for x, y in zip(a._sums(), b._sums()):
+        assert torch.allclose(x, y, rtol=rtol, atol=rtol * float(y.abs().max()))
+
+
+def rows(batches, size):
+    """The same examples, in the same order, at another batch size."""
+    whole = {key: torch.cat([b[key] for b in batches]) for key in batches[0]}
+    count = len(next(iter(whole.values())))
+    return [{k: v[i : i + size] for k, v in whole.items()} for i in range(0, count, size)]
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
+def test_the_batch_size_does_not_matter(family):
+    model = family.model(dtype=torch.float64)
+    examples = family.batches(17)
+    if "pixel_values" in examples[0]:
+        for batch in examples:
+            batch["pixel_values"] = batch["pixel_values"].double()
+    one, four, all_but_ragged = (calibrated(model, rows(examples, size)) for size in (1, 4, 64))
+    same(one, four)
+    same(one, all_but_ragged)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
+def test_shards_merge_to_the_whole(family):
+    model = family.model()
+    batches = family.batches(5)
+    config = SMALL
+    whole = calibrated(model, batches, config)
+    parts = [calibrated(model, shard, config) for shard in (batches[:2], batches[2:3], batches[3:])]
+    same(parts[0].merge_(parts[1:]), whole, rtol=1e-5)
+
+
+def test_sums_are_what_they_say(tmp_path):
+    """Against the definitions, on a plain module with an unreduced loss of the user's own."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).double()
+    x, y = torch.randn(11, 5).double(), torch.randint(0, 3, (11,))
+
+    def loss(model, batch):
+        return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+    found = calibrated(model, [(x[:4], y[:4]), (x[4:], y[4:])], loss=loss)
+    hidden = model[1](model[0](x))
+    logits = model[2](hidden)
+    g2 = torch.softmax(logits, 1) - nn.functional.one_hot(y, 3)
+    g1 = (g2 @ model[2].weight) * (1 - hidden.square())
+    for name, inputs, g in (("0", x, g1), ("2", hidden, g2)):
+        assert torch.allclose(found.input_covariance(name), inputs.T @ inputs / 11)
+        assert torch.allclose(found.output_covariance(name), g.T @ g / 11)
+        assert torch.allclose(found.mean_gradient(name), g.T @ inputs / 11)
+    assert found.terms == 11
+    assert found.layer_tokens("0") == 11
+
+
+@pytest.mark.parametrize("form", ["terms", "pair"])
+def test_every_form_of_a_loss_gives_the_same(form):
+    model, batches = BERT.model(), BERT.batches()
+
+    def loss(model, batch):
+        logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        terms = nn.functional.cross_entropy(logits, batch["labels"], reduction="none")
+        return terms if form == "terms" else (terms.sum(), len(terms))
+
+    same(calibrated(model, batches, loss=loss), calibrated(model, batches), rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", [BERT, LLAMA, GPT2, T5], ids=lambda f: f.name)
+def test_padding_changes_nothing(family):
+    """A row padded to any length gives the sums of the row alone."""
+    model = family.model(dtype=torch.float64)
+    batch = family.batch(rows=4, length=7)
+    bare = []
+    for i in range(4):
+        keep = int(batch["attention_mask"][i].sum())
+        row = {k: v[i : i + 1, :keep] if v.dim() > 1 and v.shape[1] == 7 else v[i : i + 1] for k, v in batch.items()}
+        if family is T5:
+            row["labels"] = row["labels"][:, : int((row["labels"] != -100).sum())]
+        bare.append(row)
+    same(calibrated(model, [batch]), calibrated(model, bare))
+
+
+def test_equal_lengths_do_not_confuse_encoder_and_decoder_masks():
+    model = T5.model(dtype=torch.float64)
+    batch = T5.batch(rows=4, length=5)  # labels are of length 5 too
+    batch["labels"][0, 3:] = -100
+    found = calibrated(model, [batch])
+    encoder, decoder = int(batch["attention_mask"].sum()), int((batch["labels"] != -100).sum())
+    for name in found.layers:
+        cross = name.endswith(("EncDecAttention.k", "EncDecAttention.v"))
+        expected = decoder if name.startswith("decoder") and not cross else encoder
+        assert found.layer_tokens(name) == expected, name
+
+
+def test_layers_with_one_input_share_its_sum():
+    for family, groups in (
+        (BERT, [("query", "key", "value")]),
+        (LLAMA, [("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")]),
+    ):
+        found = calibrated(family.model(), family.batches())
+        for name, layer in found.layers.items():
+            ending = name.rpartition(".")[2]
+            group = next((g for g in groups if ending in g), (ending,))
+            assert layer.inputs.rpartition(".")[2] == group[0], name
+        assert set(found.input_sums) == {layer.inputs for layer in found.layers.values()}
+    t5 = calibrated(T5.model(), T5.batches())
+    cross = {s.inputs for n, s in t5.layers.items() if n.endswith(("EncDecAttention.k", "EncDecAttention.v"))}
+    assert len(cross) == 1, "all cross-attentions read the same encoder output"
+
+
+def test_sharing_changes_no_value():
+    model, batches = BERT.model(dtype=torch.float64), BERT.batches()
+    shared = calibrated(model, batches)
+    name = "bert.encoder.layer.1.attention.self.value"
+    alone = calibrated(model, batches, DOUBLE.replace(target_modules=(name,)))
+    assert torch.allclose(shared.input_covariance(name), alone.input_covariance(name))
+    assert torch.allclose(shared.output_covariance(name), alone.output_covariance(name))
+
+
+@pytest.mark.parametrize("sources", [("weight",), ("weight", "covariance"), ("weight", "gradient")])
+@pytest.mark.parametrize("metric", ["identity", "input", "gradient", "fisher"])
+def test_only_what_is_needed_is_collected(metric, sources):
+    config = SMALL.replace(metric=metric, union=sources)
+    found = calibrated(VIT.model(), VIT.batches(), config)
+    name = "vit.layers.0.attention.q_proj"
+    name = name if name in found.layers else next(iter(found.layers))
+    covariances = "covariance" in sources
+    assert (found.input_covariance(name) is not None) == (metric in ("input", "fisher") or covariances)
+    assert (found.output_covariance(name) is not None) == (metric in ("gradient", "fisher") or covariances)
+    assert (found.mean_gradient(name) is not None) == ("gradient" in sources)
+    assert found.layer_tokens(name) > 0
+
+
+def test_several_passes_under_a_memory_limit_give_the_same():
+    model, batches = BERT.model(), BERT.batches()
+    whole = calibrated(model, batches, SMALL)
+    limited = calibrated(model, batches, SMALL.replace(memory_limit=12_000))
+    assert len(limited.input_sums) > len(whole.input_sums), "groups are split where a pass ends"
+    assert whole.terms == limited.terms
+    for name in whole.layers:
+        for kind in ("input_covariance", "output_covariance", "mean_gradient"):
+            assert torch.equal(getattr(whole, kind)(name), getattr(limited, kind)(name)), (name, kind)
+
+
+def test_the_loss_scale_is_divided_out():
+    model, batches = BERT.model(dtype=torch.float64), BERT.batches()
+    same(calibrated(model, batches, DOUBLE.replace(loss_scale=1024.0)), calibrated(model, batches))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_models_sum_in_float32(dtype):
+    """The sums of a half-precision model are as near to float64's as its own rounding lets them be."""
+    exact = calibrated(BERT.model(dtype=torch.float64), BERT.batches())
+    found = calibrated(BERT.model(dtype=dtype), BERT.batches(), SMALL)
+    name = "bert.encoder.layer.0.intermediate.dense"
+    assert found.input_sums[found.layers[name].inputs].dtype == torch.float32
+    error = (found.input_covariance(name).double() - exact.input_covariance(name)).norm()
+    # inputs carry a few roundings of 2⁻⁸ (2⁻¹¹) each; squares twice that
+    assert error < 8 * torch.finfo(dtype).eps * exact.input_covariance(name).norm()
+
+
+def test_under_autocast():
+    model, batches = BERT.model(), BERT.batches()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = calibrated(model, batches, SMALL)
+    same_terms = calibrated(model, batches, SMALL)
+    assert found.terms == same_terms.terms
+    for x, y in zip(found._sums(), same_terms._sums()):
+        assert x.dtype == torch.float32
+        assert float((x - y).norm()) < 0.1 * float(y.norm())
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_nothing_is_left_on_the_model(fails, monkeypatch):
+    model = BERT.model().train()
+    model.bert.encoder.layer[0].eval()
+    next(model.parameters()).requires_grad_(False)
+    seen = []
+    handle = model.bert.encoder.layer[1].intermediate.dense.register_forward_hook(lambda *a: seen.append(1))
+
+    def state():
+        hooks = {n: (len(m._forward_hooks), len(m._forward_pre_hooks)) for n, m in model.named_modules()}
+        modes = {n: m.training for n, m in model.named_modules()}
+        return hooks, modes, {n: (p.requires_grad, p.grad) for n, p in model.named_parameters()}
+
+    before, weights = state(), copy.deepcopy(model.state_dict())
+    if fails:
+        monkeypatch.setattr(Recorder, "end", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            calibrated(model, BERT.batches())
+    else:
+        calibrated(model, BERT.batches())
+    assert state() == before
+    assert seen, "another tool's hook still ran"
+    assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
+    handle.remove()
+
+
+def test_a_file_gives_the_same_statistics_back(tmp_path):
+    found = calibrated(LLAMA.model(), LLAMA.batches(), SMALL)
+    found.save(tmp_path / "s.safetensors")
+    loaded = Statistics.load(tmp_path / "s.safetensors")
+    assert (loaded.terms, loaded.tokens) == (found.terms, found.tokens)
+    assert all(torch.equal(a, b) for a, b in zip(loaded._sums(), found._sums()))
+
+
+def _shard(rank, folder):
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    shard = BERT.batches(5)[rank::2]
+    calibrated(BERT.model(), shard).all_reduce_().save(f"{folder}/{rank}.safetensors")
+    dist.destroy_process_group()
+
+
+def test_ranks_of_a_process_group_reduce_to_the_whole(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=_shard, args=(rank, str(tmp_path))) for rank in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(120)
+        assert worker.exitcode == 0
+    whole = calibrated(BERT.model(), BERT.batches(5))
+    for rank in range(2):
+        same(Statistics.load(tmp_path / f"{rank}.safetensors"), whole, rtol=1e-6)

@@ -1,0 +1,161 @@
+"""Union and core: against the textbook formulas in float64, for random layers in random metrics."""
+
+import pytest
+import torch
+
+from jactus.subspace import INDEPENDENT, change_coordinates, directions, metric_factor, task_rank
+from jactus_kernels import JactusError
+
+shapes = pytest.mark.parametrize(("m", "n"), [(12, 12), (9, 17), (20, 7)])
+
+
+def covariance(d, tokens, seed):
+    x = torch.randn(tokens, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return x.T @ x / tokens
+
+
+def layer(m, n, seed=0, tokens=40):
+    g = torch.Generator().manual_seed(seed)
+    W, D = (torch.randn(m, n, generator=g, dtype=torch.float64) for _ in range(2))
+    return W, covariance(m, tokens, seed + 1), covariance(n, tokens, seed + 2), D
+
+
+def damped(S, damping):
+    return S + damping * S.diagonal().mean() * torch.eye(len(S), dtype=S.dtype)
+
+
+def root(S):
+    values, vectors = torch.linalg.eigh(S)
+    return vectors @ values.sqrt().diag() @ vectors.T
+
+
+def closed_form_core(W, G, A, U, V):
+    """C = (UᵀGU)⁻¹ (UᵀGWAV) (VᵀAV)⁻¹, as it stands in the design."""
+    return torch.linalg.solve(U.T @ G @ U, U.T @ G @ W @ A @ V) @ torch.linalg.inv(V.T @ A @ V)
+
+
+def loss(W, approximation, G, A):
+    return float((root(G) @ (W - approximation) @ root(A)).square().sum())
+
+
+def made(W, G, A, D, tasks, damping=0.01, covariances=False):
+    m, n = W.shape
+    L_G, L_A = metric_factor(G, damping, m, W.device), metric_factor(A, damping, n, W.device)
+    sources = {"output_covariance": G, "input_covariance": A} if covariances else {}
+    return directions(W, L_G, L_A, min(m, n), tasks, gradient=D, **sources)
+
+
+@shapes
+@pytest.mark.parametrize("metric", ["identity", "input", "gradient", "fisher"])
+def test_weight_directions_alone_give_the_truncated_weighted_svd(m, n, metric):
+    W, G, A, _ = layer(m, n)
+    G = G if metric in ("gradient", "fisher") else None
+    A = A if metric in ("input", "fisher") else None
+    damping = 0.01
+    L_G, L_A = metric_factor(G, damping, m, W.device), metric_factor(A, damping, n, W.device)
+    found = directions(W, L_G, L_A, min(m, n), 0)
+    eye_m, eye_n = torch.eye(m, dtype=W.dtype), torch.eye(n, dtype=W.dtype)
+    Gd, Ad = eye_m if G is None else damped(G, damping), eye_n if A is None else damped(A, damping)
+    P, s, Qt = torch.linalg.svd(root(Gd) @ W @ root(Ad), full_matrices=False)
+    assert torch.allclose(found.sigma, s, rtol=1e-10)
+    for rank in (1, 4, min(m, n)):
+        U, C, V = found.factors(rank, 0.0)
+        best = torch.linalg.solve(root(Gd), P[:, :rank] * s[:rank]) @ torch.linalg.solve(root(Ad), Qt[:rank].T).T
+        assert torch.allclose(U @ C @ V.T, best, atol=1e-9 * float(W.norm()))
+
+
+@shapes
+@pytest.mark.parametrize("covariances", [False, True])
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 0.9])
+def test_the_core_is_the_closed_form_inside_the_union(m, n, covariances, share):
+    W, G, A, D = layer(m, n)
+    found = made(W, G, A, D, min(m, n), covariances=covariances)
+    Gd, Ad = damped(G, 0.01), damped(A, 0.01)
+    for rank in range(1, min(m, n) + 1):
+        U, C, V = found.factors(rank, share)
+        assert (U.shape, C.shape, V.shape) == ((m, rank), (rank, rank), (n, rank))
+        eye = torch.eye(rank, dtype=W.dtype)
+        # orthonormal up to the last bits of a remainder that may be INDEPENDENT short: ε/INDEPENDENT²
+        slack = 100 * 2**-52 / INDEPENDENT**2
+        assert torch.allclose(U.T @ Gd @ U, eye, atol=slack)
+        assert torch.allclose(V.T @ Ad @ V, eye, atol=slack)
+        assert torch.allclose(C, closed_form_core(W, Gd, Ad, U, V), atol=slack * float(found.sigma[0]))
+
+
+@shapes
+def test_full_rank_equals_dense(m, n):
+    W, G, A, D = layer(m, n)
+    # of an oblong layer task directions would take places on the longer side that the weight needs at full rank
+    for share in (0.0, 0.3, 0.8) if m == n else (0.0,):
+        U, C, V = made(W, G, A, D, min(m, n)).factors(min(m, n), share)
+        assert torch.allclose(U @ C @ V.T, W, atol=1e-8)
+
+
+def test_task_directions_are_in_the_union_and_beat_weight_directions_at_holding_the_gradient():
+    W, G, A, D = layer(20, 30)
+    D = D[:, :1] @ D[:1] + 1e-3 * D  # nearly one direction
+    found = made(W, G, A, D, 8)
+
+    def held(share):
+        U, _, V = found.factors(8, share)
+        Qu, Qv = torch.linalg.qr(U)[0], torch.linalg.qr(V)[0]
+        return float((Qu.T @ D @ Qv).square().sum() / D.square().sum())
+
+    assert held(0.25) > 0.99 > 0.5 > held(0.0)
+
+
+def test_more_rank_never_costs_loss_and_the_union_costs_no_more_than_its_share():
+    W, G, A, D = layer(16, 24)
+    found = made(W, G, A, D, 16)
+    Gd, Ad = damped(G, 0.01), damped(A, 0.01)
+    previous = float("inf")
+    for rank in range(1, 17):
+        U, C, V = found.factors(rank, 0.25)
+        now = loss(W, U @ C @ V.T, Gd, Ad)
+        kept = rank - task_rank(rank, 0.25)
+        assert now <= float(found.sigma[kept:].square().sum()) + 1e-9, "task directions may only add to what is kept"
+        assert now <= previous + 1e-9
+        previous = now
+
+
+def test_dependent_task_directions_are_replaced_by_weight_directions():
+    W, *_ = layer(10, 14)
+    W[:, :] = torch.linalg.svd(W)[0] @ torch.linspace(5, 1, 10).double().diag() @ torch.linalg.svd(W)[2][:10]
+    eye = torch.eye(10, dtype=W.dtype), torch.eye(14, dtype=W.dtype)
+    leading = torch.linalg.svd(W)
+    D = leading[0][:, :1] @ leading[2][:1]  # the weight's own first direction: nothing new
+    found = directions(W, None, None, 10, 4, gradient=D)
+    U, C, V = found.factors(6, 0.5)
+    assert U.shape == (10, 6)
+    best = leading[0][:, :6] * leading[1][:6] @ leading[2][:6]
+    assert torch.allclose(U @ C @ V.T, best, atol=1e-9)
+    assert torch.allclose(U.T @ eye[0] @ U, torch.eye(6, dtype=W.dtype), atol=1e-9)
+
+
+def test_rank_deficient_covariances_are_legal():
+    W, _, _, D = layer(12, 12)
+    G, A = covariance(12, 3, 1), covariance(12, 2, 2)
+    U, C, V = made(W, G, A, D, 6).factors(12, 0.25)
+    assert torch.allclose(U @ C @ V.T, W, atol=1e-6)
+
+
+def test_a_covariance_without_signal_is_refused():
+    with pytest.raises(JactusError, match="covariance is zero"):
+        metric_factor(torch.zeros(3, 3), 0.01, 3, torch.device("cpu"))
+
+
+@shapes
+@pytest.mark.parametrize("whiten", [True, False])
+def test_coordinates_change_the_core_and_not_the_product(m, n, whiten):
+    W, G, A, D = layer(m, n)
+    U, C, V = made(W, G, A, D, min(m, n)).factors(5, 0.4)
+    extra = 0.09 * float(G.diagonal().mean()), 0.09 * float(A.diagonal().mean())
+    U2, C2, V2 = change_coordinates(U, C, V, whiten, *extra)
+    assert torch.allclose(U2 @ C2 @ V2.T, U @ C @ V.T, atol=1e-10)
+    for B, S in ((U2, G), (V2, A)):
+        if not whiten:
+            assert torch.allclose(B.T @ B, torch.eye(5, dtype=B.dtype), atol=1e-10)
+            continue
+        gram = B.T @ damped(S, 0.1) @ B  # white up to the one scale that makes columns of unit mean length
+        assert torch.allclose(gram, gram[0, 0] * torch.eye(5, dtype=B.dtype), atol=1e-10 * float(gram[0, 0]))
+        assert float(B.norm(dim=0).mean()) == pytest.approx(1)
