@@ -1,8 +1,8 @@
 """Save a compressed model so that `from_pretrained` reloads it, and swap the cores of one task for another's."""
 
-import errno
 import json
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -18,6 +18,9 @@ from . import storage
 from .layers import CoreLinear, compressed_layers
 from .loader import file_digest, record
 from .targets import fingerprint
+
+# What transformers calls its weight files; anything else in a directory is the user's.
+WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
 def save_pretrained(model: PreTrainedModel, directory: str | os.PathLike, **kwargs) -> None:
@@ -48,13 +51,14 @@ def save_pretrained(model: PreTrainedModel, directory: str | os.PathLike, **kwar
         # Weights first: until config.json comes, a reader sees the old digests and says so.
         for file in sorted(partial.iterdir(), key=lambda f: f.name == "config.json"):
             os.replace(file, directory / file.name)
-        for stale in set(directory.glob("model*.safetensors*")):
-            if stale.name not in written:
+        for stale in directory.iterdir():
+            if WEIGHT_FILE.fullmatch(stale.name) and stale.name not in written:
                 stale.unlink()
     except (OSError, SafetensorError) as e:
-        full = getattr(e, "errno", None) == errno.ENOSPC or "space" in str(e)
-        what = "free some space" if full else "check the path"
-        raise JactusError(f"could not save to {directory}: {e}; an older checkpoint there is untouched: {what}") from e
+        raise JactusError(
+            f"could not save to {directory}: {e}; an older checkpoint there is untouched: free some space or choose "
+            "another directory"
+        ) from e
     finally:
         if partial is not None:
             shutil.rmtree(partial, ignore_errors=True)
@@ -74,7 +78,8 @@ def save_cores(model: nn.Module, path: str | os.PathLike) -> None:
     Raises JactusError when the model has no three-factor layer, or the disk refuses.
     """
     bases = _bases(model)
-    tensors = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad or name.endswith(".core")}
+    cores = _core_names(model)
+    tensors = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad or name in cores}
     storage.write(path, "cores", tensors, {"bases": bases})
 
 
@@ -97,8 +102,20 @@ def load_cores(model: nn.Module, path: str | os.PathLike) -> None:
         if name not in parameters or parameters[name].shape != tensor.shape:
             there = tuple(parameters[name].shape) if name in parameters else "nothing"
             raise JactusError(f"{path} does not fit: {name} is {tuple(tensor.shape)} there and {there} in this model")
+    missing = sorted(_core_names(model) - set(tensors))
+    if missing:
+        raise JactusError(
+            f"{path} does not fit: it has no {missing[0]} (nor {len(missing) - 1} others), which would stay another task's; "
+            "load it into a model compressed with the same trainable_rank"
+        )
     for name, tensor in tensors.items():
         parameters[name].copy_(tensor)
+
+
+def _core_names(model: nn.Module) -> set[str]:
+    """Parameters that make up the cores, whether they train at the moment or not."""
+    layers = compressed_layers(model).items()
+    return {f"{name}.{key}" for name, layer in layers for key, _ in layer.named_parameters() if key in ("core", "block")}
 
 
 def _bases(model: nn.Module) -> dict[str, list[str]]:

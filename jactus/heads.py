@@ -52,10 +52,12 @@ def fit_head(
             handle.remove()
         if not kept:
             raise JactusError("no batch came out of `batches`; pass a list or loader with at least one")
+        own = {"forward": base.forward} if "forward" in vars(base) else {}  # another tool's, e.g. accelerate's
         try:
             return _minimise(model, base, list(head.values()), kept, loss, l2, iterations)
         finally:
             vars(base).pop("forward", None)
+            vars(base).update(own)
             for name, p in model.named_parameters():
                 p.requires_grad_(wanted[name])
 

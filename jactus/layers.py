@@ -157,7 +157,14 @@ def refuse_compressed(model: nn.Module) -> None:
         )
 
 
+HOOKS = [key for key in vars(nn.Module()) if "hook" in key and "state_dict" not in key and key != "_is_full_backward_hook"]
+
+
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Put `new` where the module `name` was."""
+    """Put `new` where the module `name` was, with the hooks that other tools have on it."""
     parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, new)
+    holder = model.get_submodule(parent)
+    old = getattr(holder, child)
+    for key in (*HOOKS, "_is_full_backward_hook"):
+        vars(new)[key] = vars(old)[key]  # the very dictionaries, so that their owners' handles still remove them
+    setattr(holder, child, new)

@@ -119,6 +119,7 @@ class JactusQuantizer(HfQuantizer):
             del self.quantization_config.files  # they describe the files just read, not what is saved next
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        _refuse_missing(model)
         trainable = {own_name(model, name) for name in self.quantization_config.trainable}
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in trainable)
@@ -141,6 +142,17 @@ class JactusQuantizer(HfQuantizer):
     @property
     def is_qat_trainable(self) -> bool:
         return True
+
+
+def _refuse_missing(model: nn.Module) -> None:
+    """transformers warns of weights that a checkpoint lacks and makes some up; a made-up factor is never wanted."""
+    for name, layer in compressed_layers(model).items():
+        for key, p in layer.named_parameters():
+            if p.device.type != "meta" and not getattr(p, "_is_hf_initialized", False):
+                raise JactusError(
+                    f"{name} ({layer}) has no {key} in the weight files: they are not the ones that belong to config.json; "
+                    "put those back, or save the model again"
+                )
 
 
 def own_name(model: nn.Module, name: str) -> str | None:

@@ -27,7 +27,7 @@ def write(path: str | os.PathLike, kind: str, tensors: dict[str, Tensor], meta: 
     """
     path = Path(path)
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    header = {"kind": kind, "format": FORMAT, "digest": digest(tensors), "meta": meta}
+    header = {"kind": kind, "format": FORMAT, "digest": digest(tensors, meta), "meta": meta}
     with atomic(path) as partial:
         save_file(tensors, partial, metadata={"jactus": json.dumps(header)})
 
@@ -77,14 +77,14 @@ def read(path: str | os.PathLike, kind: str) -> tuple[dict[str, Tensor], dict[st
         if isinstance(e, JactusError):
             raise
         raise JactusError(f"{path} is truncated or corrupted ({e}); make it again") from e
-    if digest(tensors) != header["digest"]:
+    if digest(tensors, header["meta"]) != header["digest"]:
         raise JactusError(f"{path} is corrupted: its contents do not match their digest; make it again")
     return tensors, header["meta"]
 
 
-def digest(tensors: dict[str, Tensor]) -> str:
-    """A digest of names, dtypes, shapes and bytes, whatever the order."""
-    hasher = xxhash.xxh3_128()
+def digest(tensors: dict[str, Tensor], meta: dict[str, Any]) -> str:
+    """A digest of names, dtypes, shapes and bytes, whatever the order, and of meta as JSON."""
+    hasher = xxhash.xxh3_128(json.dumps(meta, sort_keys=True).encode())
     for name in sorted(tensors):
         t = tensors[name]
         hasher.update(f"{name}:{t.dtype}:{tuple(t.shape)};".encode())

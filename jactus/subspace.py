@@ -147,10 +147,10 @@ def directions(
     keep = min(keep, len(sigma))
     u, v = solve_t(L_G, P[:, :keep]), solve_t(L_A, Qt[:keep].T)
     left_sources, right_sources = [], []
-    if output_covariance is not None and input_covariance is not None:
+    if tasks and output_covariance is not None and input_covariance is not None:
         left_sources.append(_leading_eigenvectors(output_covariance.to(W.device), tasks))
         right_sources.append(_leading_eigenvectors(input_covariance.to(W.device), tasks))
-    if gradient is not None:
+    if tasks and gradient is not None:
         d_left, d_right = _leading_singular_vectors(gradient.to(W.device), tasks)
         left_sources.append(d_left)
         right_sources.append(d_right)

@@ -36,7 +36,6 @@ def compress(model: nn.Module, plan: Plan) -> nn.Module:
         if rank is not None:
             replace_module(model, name, core_linear_from(layer, rank, targets[name].module, plan.config))
     mark_trainable(model, plan.config.trainable_extras)
-    record(model)
     return model
 
 

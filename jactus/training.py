@@ -3,6 +3,7 @@
 from torch import nn
 
 from .layers import CoreLinear, compressed_layers
+from .loader import record
 from .targets import output_embedding, outside_base
 
 
@@ -19,6 +20,7 @@ def mark_trainable(model: nn.Module, extras: tuple[str, ...] = ("head",)) -> lis
         module = name.rpartition(".")[0]
         named = any(module == e or module.endswith(f".{e}") for e in endings)
         parameter.requires_grad_(id(parameter) in chosen or name in heads or named)
+    record(model)  # a reloaded model trains the same
     return [name for name, p in model.named_parameters() if p.requires_grad]
 
 

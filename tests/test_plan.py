@@ -155,6 +155,11 @@ def test_trainable_rank_trains_the_leading_block(bert):
     assert torch.allclose(jactus.fold(model)(**batch).logits, before, atol=1e-5)
 
 
+def test_a_model_too_small_for_the_rank_multiple_is_refused_not_left_as_it_is(bert):
+    with pytest.raises(JactusError, match="rank_multiple"):
+        planned(bert, rank_multiple=16)
+
+
 def test_the_defaults_are_what_the_help_says():
     config = JactusConfig()
     assert JactusConfig.from_dict(config.to_dict()) == config

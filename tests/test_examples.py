@@ -1,0 +1,54 @@
+"""The example scripts run as they stand, on a tiny model and data in the format they document."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForSequenceClassification, BertConfig, BertModel, PreTrainedTokenizerFast
+
+import jactus
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    words = ["[PAD]", "[UNK]", "good", "bad", "film", "a", "very"]
+    base = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
+    base.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=base, pad_token="[PAD]", unk_token="[UNK]", model_max_length=16
+    )
+    config = BertConfig(vocab_size=64, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=96)
+    BertModel(config).save_pretrained(tmp_path / "model")  # an encoder: the head is fresh, as for a user
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = [
+        {"text": f"a {'very ' * (i % 3)}{w} film", "label": w == "good"} for i in range(12) for w in ("good", "bad")
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({**r, "label": int(r["label"])}) for r in rows))
+    return tmp_path
+
+
+def test_trainer_example(tiny):
+    command = [
+        EXAMPLES / "trainer.py",
+        "--model",
+        tiny / "model",
+        "--data",
+        tiny / "rows.jsonl",
+        "--output",
+        tiny / "out",
+    ]
+    done = subprocess.run(
+        [sys.executable, *map(str, command), "--budget", "0.9", "--epochs", "1"],
+        capture_output=True,
+        text=True,
+        cwd=tiny,
+    )
+    assert done.returncode == 0, done.stderr
+    trained = AutoModelForSequenceClassification.from_pretrained(tiny / "out/trained")
+    folded = AutoModelForSequenceClassification.from_pretrained(tiny / "out/folded")
+    assert jactus.size(trained).folded == jactus.size(folded).stored
