@@ -8,7 +8,8 @@ from .checkpoint import load_cores, save_cores, save_pretrained
 from .config import JactusConfig
 from .heads import fit_head
 from .layers import CoreLinear, FoldedLinear
-from .plan import Plan, plan
+from .plan import Plan
+from .planning import plan
 from .report import rank_map, size, spectra
 from .statistics import Statistics
 from .surgery import compress, fold, merge

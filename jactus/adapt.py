@@ -12,7 +12,7 @@ from .calibration import calibrate
 from .config import JactusConfig
 from .heads import fit_head as fit
 from .losses import Loss
-from .plan import plan
+from .planning import plan
 from .surgery import compress
 
 

@@ -135,7 +135,7 @@ def _one_pass(
             batch = to_device(batch, device)
             recorder.begin(TokenMasks(model, batch, index))
             with torch.enable_grad() if recorder.backward else torch.no_grad():
-                total, terms = loss_sum(model, batch, loss, index)
+                total, terms = loss_sum(model, batch, loss, index, recorder.blame)
                 recorder.between(index)
                 if recorder.backward:
                     (total * config.loss_scale).backward()

@@ -115,7 +115,9 @@ def load_cores(model: nn.Module, path: str | os.PathLike) -> None:
 def _core_names(model: nn.Module) -> set[str]:
     """Parameters that make up the cores, whether they train at the moment or not."""
     layers = compressed_layers(model).items()
-    return {f"{name}.{key}" for name, layer in layers for key, _ in layer.named_parameters() if key in ("core", "block")}
+    return {
+        f"{name}.{key}" for name, layer in layers for key, _ in layer.named_parameters() if key in ("core", "block")
+    }
 
 
 def _bases(model: nn.Module) -> dict[str, list[str]]:

@@ -157,7 +157,7 @@ def refuse_compressed(model: nn.Module) -> None:
         )
 
 
-HOOKS = [key for key in vars(nn.Module()) if "hook" in key and "state_dict" not in key and key != "_is_full_backward_hook"]
+HOOKS = [key for key in vars(nn.Module()) if "hook" in key and "state_dict" not in key]
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
@@ -165,6 +165,6 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     holder = model.get_submodule(parent)
     old = getattr(holder, child)
-    for key in (*HOOKS, "_is_full_backward_hook"):
+    for key in HOOKS:
         vars(new)[key] = vars(old)[key]  # the very dictionaries, so that their owners' handles still remove them
     setattr(holder, child, new)

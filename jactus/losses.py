@@ -30,11 +30,14 @@ def to_device(batch: Any, device: torch.device) -> Any:
     return batch
 
 
-def loss_sum(model: nn.Module, batch: Any, loss: Loss | None, index: int) -> tuple[Tensor, int]:
+def loss_sum(
+    model: nn.Module, batch: Any, loss: Loss | None, index: int, blame: Callable[[int], None] | None = None
+) -> tuple[Tensor, int]:
     """The sum of the batch's loss terms, and their number.
 
     `loss(model, batch)` may return the terms unreduced (any shape), a pair (sum, number), or a mean over the batch's
-    labels; None takes the model's own `.loss`. Raises JactusError for a batch without a loss, or one not finite.
+    labels; None takes the model's own `.loss`. Raises JactusError for a batch without a loss, or one not finite, unless
+    `blame(index)` raises it first, naming the layer where it began.
     """
     result = _own_loss(model, batch, index) if loss is None else loss(model, batch)
     if isinstance(result, tuple):
@@ -50,6 +53,8 @@ def loss_sum(model: nn.Module, batch: Any, loss: Loss | None, index: int) -> tup
     if terms < 1:
         raise JactusError(f"batch {index} has no loss term (all its labels are -100); drop it or check the labels")
     if not torch.isfinite(total):
+        if blame is not None:
+            blame(index)
         raise JactusError(f"batch {index}: the loss is {total.item()}; check its inputs and labels, or use float32")
     return total, terms
 

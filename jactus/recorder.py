@@ -170,6 +170,12 @@ class Recorder:
             )
         self._check_finite(index)
 
+    def blame(self, index: int) -> None:
+        """The loss is not finite: raise, naming the first layer in the order of the calls that was given such an input."""
+        for name, inputs in self.seen.items():
+            if not all(bool(torch.isfinite(x).all()) for x in inputs):
+                raise _not_finite(f"inputs of {self.targets[name]}", index)
+
     def _check_finite(self, index: int) -> None:
         """A sum of squares is finite only if every value was: one number a sum, one synchronisation for all of them.
 
@@ -189,10 +195,13 @@ class Recorder:
         device = found[0][1].device
         finite = torch.isfinite(torch.stack([total.to(device) for _, total in found]))
         if not finite.all():
-            where = found[int((~finite).nonzero()[0])][0]
-            raise JactusError(
-                f"NaN or Inf in the {where} in batch {index}; check that batch, calibrate in float32, or lower loss_scale"
-            )
+            raise _not_finite(found[int((~finite).nonzero()[0])][0], index)
+
+
+def _not_finite(where: str, index: int) -> JactusError:
+    return JactusError(
+        f"NaN or Inf in the {where} in batch {index}; check that batch, calibrate in float32, or lower loss_scale"
+    )
 
 
 def _rows(x: Tensor, mask: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor | None]:

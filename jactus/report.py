@@ -4,14 +4,11 @@ import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import nn
 
 from .layers import CoreLinear, LowRankLinear, compressed_layers
-
-if TYPE_CHECKING:
-    from .plan import Plan
+from .plan import Plan
 
 
 @dataclass(frozen=True)
@@ -46,27 +43,7 @@ def size(model: nn.Module) -> Size:
     )
 
 
-def plan_table(plan: "Plan") -> str:
-    """A plan as text: one line a layer, then what it all costs."""
-    wide = max(map(len, plan.layers))
-    lines = [f"{'layer':<{wide}}  {'shape':>12}  {'rank':>5}  kept"]
-    for name, layer in plan.layers.items():
-        rank = plan.ranks[name]
-        energy = layer.energies
-        weight_rank = len(energy) if rank is None else rank - int(layer.share(plan.config) * rank)
-        kept = float(energy[:weight_rank].sum() / energy.sum()) if float(energy.sum()) else 1.0
-        shape = f"{layer.m}×{layer.n}"
-        lines.append(f"{name:<{wide}}  {shape:>12}  {'dense' if rank is None else rank:>5}  {kept:.4f}")
-    dense = plan.dense_parameters
-    lines.append(
-        f"targeted weights {dense:,}; stored {plan.stored_parameters:,} ({plan.stored_parameters / dense:.1%}), folded "
-        f"{plan.folded_parameters:,} ({plan.folded_parameters / dense:.1%}), cores {plan.core_parameters:,}; predicted "
-        f"rise of the loss before training {plan.predicted_loss:.4g}"
-    )
-    return "\n".join(lines)
-
-
-def rank_map(plan: "Plan", path: str | os.PathLike) -> None:
+def rank_map(plan: Plan, path: str | os.PathLike) -> None:
     """Draw the share of each layer's full rank that was kept: blocks of the model across, kinds of layer down."""
     import numpy as np
 
@@ -90,7 +67,7 @@ def rank_map(plan: "Plan", path: str | os.PathLike) -> None:
     _save(figure, path)
 
 
-def spectra(plan: "Plan", path: str | os.PathLike) -> None:
+def spectra(plan: Plan, path: str | os.PathLike) -> None:
     """Draw every layer's squared singular values in the metric, with a dot where its weight directions were cut."""
     figure, axes = _figure(7.5, 4.2)
     where = places(plan.layers)

@@ -48,6 +48,9 @@ def solve_t(L: Tensor | None, X: Tensor) -> Tensor:
     return X if L is None else torch.linalg.solve_triangular(L.T, X, upper=True)
 
 
+PARTS = ("weight", "task", "cross", "gram")
+
+
 @dataclass
 class Side:
     """The candidate directions of one side, ordered by value, with their inner products in the metric.

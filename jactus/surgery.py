@@ -8,7 +8,8 @@ from jactus_kernels import JactusError
 from .config import JactusConfig
 from .layers import CoreLinear, LowRankLinear, compressed_layers, refuse_compressed, replace_module
 from .loader import record
-from .plan import Plan, PlannedLayer, core_dtype
+from .plan import Plan, PlannedLayer
+from .planning import core_dtype
 from .subspace import change_coordinates
 from .targets import find_targets
 from .training import mark_trainable

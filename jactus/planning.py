@@ -1,0 +1,139 @@
+"""Spectra and directions of every target layer, from its weight and what calibration saw: the work behind a plan."""
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from jactus_kernels import JactusError
+
+from .allocation import admissible_ranks
+from .config import JactusConfig
+from .plan import Plan, PlannedLayer, with_ranks
+from .statistics import Statistics
+from .subspace import Directions, Side, directions, metric_factor, task_rank
+from .targets import Target, find_targets
+
+
+def plan(
+    model: nn.Module, statistics: Statistics | None, config: JactusConfig | None = None, *, progress: bool = True
+) -> Plan:
+    """Spectra and directions of every target layer in the configured metric, and ranks for the configured budget.
+
+    statistics: from `calibrate` on this very model; None is enough for metric='identity', union=('weight',).
+
+    Raises JactusError when the statistics are of another model or configuration, or weights are not finite.
+    """
+    config = config or JactusConfig()
+    targets = find_targets(model, config)
+    needs_any = config.needs_input or config.needs_output or config.needs_gradient
+    if statistics is None and needs_any:
+        raise JactusError("plan needs statistics for this configuration; call jactus.calibrate first")
+    if statistics is not None:
+        _check_statistics(targets, statistics, config)
+    roots = _RootCache(statistics, config)
+    layers = {}
+    for name, target in tqdm(targets.items(), "planning", unit="layer", disable=not progress):
+        layers[name] = _plan_layer(target, statistics if needs_any else None, config, roots)
+    counted = sum(t.m * t.n for t in targets.values())
+    others = sum(p.numel() for p in model.parameters()) - counted
+    return with_ranks(Plan(layers, config, {}, others))
+
+
+def _check_statistics(targets: dict[str, Target], statistics: Statistics, config: JactusConfig) -> None:
+    for name, target in targets.items():
+        known = statistics.layers.get(name)
+        if known is None:
+            raise JactusError(f"{target} is not in the statistics; calibrate with the same target_modules")
+        if known.fingerprint != target.fingerprint:
+            raise JactusError(
+                f"{target}: the statistics are of a model with other weights here; calibrate this model (and plan before "
+                "training it, not after)"
+            )
+        missing = (
+            (config.needs_input and statistics.input_covariance(name) is None, "input covariances"),
+            (config.needs_output and statistics.output_covariance(name) is None, "output-gradient covariances"),
+            (config.needs_gradient and statistics.mean_gradient(name) is None, "mean gradients"),
+        )
+        for absent, what in missing:
+            if absent:
+                raise JactusError(f"the statistics hold no {what}, which this configuration needs; calibrate with it")
+
+
+class _RootCache:
+    """The factor of A and A itself, kept while consecutive layers share one input."""
+
+    def __init__(self, statistics: Statistics | None, config: JactusConfig) -> None:
+        self.statistics, self.config = statistics, config
+        self.key: str | None = None
+        self.value: tuple[Tensor | None, Tensor | None] = (None, None)
+
+    def input(self, target: Target) -> tuple[Tensor | None, Tensor | None]:
+        """A and its damped Cholesky factor (None for the identity metric), on the weight's device."""
+        if self.statistics is None or not self.config.needs_input:
+            return None, None
+        key = self.statistics.layers[target.name].inputs
+        if key != self.key:
+            A = self.statistics.input_covariance(target.name)
+            used = A if self.config.metric in ("input", "fisher") else None
+            self.key, self.value = key, (A, _factor(target, used, target.n, self.config))
+        return self.value
+
+
+def _factor(target: Target, covariance: Tensor | None, size: int, config: JactusConfig) -> Tensor | None:
+    try:
+        return metric_factor(covariance, config.damping, size, target.weight.device)
+    except (JactusError, torch.linalg.LinAlgError) as e:
+        raise JactusError(f"{target}: {e}") from e
+
+
+def _plan_layer(target: Target, statistics: Statistics | None, config: JactusConfig, roots: _RootCache) -> PlannedLayer:
+    weight = target.weight
+    if not torch.isfinite(weight).all():
+        raise JactusError(f"{target} has weights that are not finite; the checkpoint is broken")
+    A, L_A = roots.input(target)
+    G = statistics.output_covariance(target.name) if statistics is not None and config.needs_output else None
+    L_G = _factor(target, G if config.metric in ("gradient", "fisher") else None, target.m, config)
+    ranks = admissible_ranks(target.m, target.n, config.rank_multiple, config.accounting == "folded")
+    most = int(ranks[-1]) if len(ranks) else 0
+    by_covariance = "covariance" in config.task_sources
+    found = directions(
+        weight,
+        L_G,
+        L_A,
+        keep=most,
+        tasks=task_rank(most, config.union_share) if config.task_sources else 0,
+        output_covariance=G if by_covariance else None,
+        input_covariance=A if by_covariance else None,
+        gradient=statistics.mean_gradient(target.name) if statistics is not None and config.needs_gradient else None,
+    )
+    basis = getattr(torch, config.dtype) if config.dtype else weight.dtype
+    return PlannedLayer(
+        target.name,
+        target.m,
+        target.n,
+        target.fingerprint,
+        _stored(found),
+        (_scale(G) if L_G is not None else 0.0, _scale(A) if L_A is not None else 0.0),
+        statistics.layer_tokens(target.name) if statistics is not None else 1,
+        (basis.itemsize, core_dtype(config, basis).itemsize),
+    )
+
+
+def core_dtype(config: JactusConfig, basis: torch.dtype) -> torch.dtype:
+    """The dtype a core is stored in beside bases of dtype `basis`: at least float32 unless configured."""
+    if config.core_dtype:
+        return getattr(torch, config.core_dtype)
+    return torch.promote_types(basis, torch.float32)
+
+
+def _scale(S: Tensor | None) -> float:
+    return 0.0 if S is None else float(S.diagonal().double().mean())
+
+
+def _stored(d: Directions) -> Directions:
+    """On the CPU, directions in float32, the small matrices in float64: a plan is as large as the weights it replaces."""
+
+    def small(side: Side) -> Side:
+        return Side(side.weight.float().cpu(), side.task.float().cpu(), side.cross.cpu(), side.gram.cpu())
+
+    return Directions(small(d.left), small(d.right), d.sigma.cpu(), d.task_core.cpu())

@@ -1,0 +1,218 @@
+"""Every step of the method on every family of models: what trains, what stays, and that all forms compute the same."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from models import BERT, BY_NAME, EVERY, FAMILIES, GPT2, LLAMA, SMALL, T5, cast, compressed, planned
+from transformers import AutoModel, AutoModelForSequenceClassification
+
+import jactus
+from jactus.layers import CoreLinear, FoldedLinear, compressed_layers
+
+families = pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
+HEADS = {"bert": {"classifier.weight", "classifier.bias"}, "vit": {"classifier.weight", "classifier.bias"}}
+
+
+@torch.no_grad()
+def logits(model, family, dtype=None):
+    batch = family.batch()
+    return model(**(batch if dtype is None else cast(batch, dtype))).logits
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+def saved_and_reloaded(model, family, path):
+    jactus.save_pretrained(model, path)
+    return family.auto.from_pretrained(path).eval()
+
+
+@families
+def test_exactly_cores_and_extras_train_and_one_step_lowers_the_loss(family):
+    model = compressed(family, EVERY)
+    layers = compressed_layers(model)
+    assert set(layers) == set(planned(family.name, EVERY).layers)
+    cores = {f"{name}.core" for name in layers}
+    biases = {f"{name}.bias" for name, layer in layers.items() if layer.bias is not None}
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert set(trainable) == cores | biases | HEADS.get(family.name, set())
+
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    batch = family.batch(seed=5)
+    loss = model(**batch).loss
+    loss.backward()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    optimizer.step()
+    # a step of length ε down the gradient lowers the loss by ε‖g‖² to first order
+    assert model(**batch).loss < loss
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed <= set(trainable)
+    assert all(layer.core.grad.any() for layer in layers.values())
+
+
+@families
+def test_what_is_not_planned_is_bit_identical_after_compress(family):
+    dense, model = family.model(), compressed(family)
+    layers = compressed_layers(model)
+    assert layers
+    kept = model.state_dict()
+    for name, value in dense.state_dict().items():
+        if name.removesuffix(".weight") not in layers:
+            assert torch.equal(kept[name], value), name
+    assert any("embed" in n or n.endswith(("wte.weight", "shared.weight")) for n in kept)
+
+
+@families
+def test_every_form_and_its_reload_compute_the_same(family, tmp_path):
+    # in float64, so that only a wrong formula can show: rounding is some 1e-14 over two blocks
+    model = compressed(family, EVERY, torch.float64)
+    for layer in compressed_layers(model).values():
+        torch.nn.init.normal_(layer.core, std=0.3)
+    expected = logits(model, family, torch.float64)
+    assert torch.equal(logits(saved_and_reloaded(model, family, tmp_path / "core"), family, torch.float64), expected)
+
+    jactus.fold(model)
+    assert all(isinstance(layer, FoldedLinear) for layer in compressed_layers(model).values())
+    folded = logits(model, family, torch.float64)
+    assert relative(folded, expected) < 1e-12
+    again = saved_and_reloaded(model, family, tmp_path / "folded")
+    assert torch.equal(logits(again, family, torch.float64), folded)
+
+    for part in (model, again):
+        jactus.merge(part)
+        assert not compressed_layers(part)
+        assert relative(logits(part, family, torch.float64), expected) < 1e-12
+
+
+@families
+def test_a_merged_model_saves_as_a_plain_checkpoint(family, tmp_path):
+    model = jactus.merge(compressed(family, EVERY))
+    expected = logits(model, family)
+    model.save_pretrained(tmp_path)  # transformers' own
+    again = family.auto.from_pretrained(tmp_path).eval()
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    assert again.state_dict().keys() == family.model().state_dict().keys()
+    assert torch.equal(logits(again, family), expected)
+    assert {type(m) for m in again.modules()} == {type(m) for m in family.model().modules()}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@families
+def test_half_precision_bases_and_float32_cores_survive_a_reload(family, dtype, tmp_path):
+    # loaded as a user would: transformers keeps some of T5's layers in float32 whatever the dtype asked for
+    family.model().save_pretrained(tmp_path / "dense")
+    model = family.auto.from_pretrained(tmp_path / "dense", dtype=dtype).eval()
+    batches = [cast(b, dtype) for b in family.batches()]
+    statistics = jactus.calibrate(model, batches, EVERY, progress=False)
+    wanted = {name: p.dtype for name, p in model.named_parameters()}
+    jactus.compress(model, jactus.plan(model, statistics, EVERY, progress=False))
+    again = saved_and_reloaded(model, family, tmp_path / "small")
+    assert torch.equal(logits(again, family, dtype), logits(model, family, dtype))
+    for either in (model, again):
+        for name, layer in compressed_layers(either).items():
+            assert layer.core.dtype == torch.float32
+            assert layer.U.dtype == layer.V.dtype == wanted[f"{name}.weight"]
+
+
+def test_storage_dtypes_can_be_chosen_and_survive_a_reload(tmp_path):
+    config = EVERY.replace(dtype="bfloat16", core_dtype="bfloat16")
+    model = compressed(BERT, config)
+    again = saved_and_reloaded(model, BERT, tmp_path)
+    assert {p.dtype for m in compressed_layers(again).values() for p in (m.U, m.V, m.core)} == {torch.bfloat16}
+    assert again.bert.embeddings.word_embeddings.weight.dtype == torch.float32
+    assert torch.equal(logits(again, BERT), logits(model, BERT))
+
+
+@pytest.mark.parametrize("family", [LLAMA, GPT2, T5], ids=lambda f: f.name)
+def test_tied_embeddings_stay_tied_and_untouched(family, tmp_path):
+    dense, model = family.model(), compressed(family, EVERY)
+    for each in (model, saved_and_reloaded(model, family, tmp_path)):
+        assert each.get_output_embeddings().weight is each.get_input_embeddings().weight
+        assert torch.equal(each.get_input_embeddings().weight, dense.get_input_embeddings().weight)
+
+
+@families
+def test_gradient_checkpointing_changes_no_gradient(family):
+    def gradients(checkpointing):
+        model = compressed(family, EVERY).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        torch.manual_seed(0)  # the same dropout
+        model(**family.batch()).loss.backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+    plain, checkpointed = gradients(False), gradients(True)
+    for name, g in plain.items():
+        assert torch.equal(g, checkpointed[name]), name
+
+
+def test_a_compressed_model_compiles_whole():
+    model = compressed(BERT, EVERY)
+    model.bert.encoder.layer = model.bert.encoder.layer[:1]  # one block is as good, and quicker
+    batch = BERT.batch()
+    expected = torch.autograd.grad(model(**batch).loss, model.classifier.weight)[0]
+    whole = torch.compile(model, backend="aot_eager", fullgraph=True)
+    loss = whole(**batch).loss
+    assert torch.allclose(loss, model(**batch).loss, atol=1e-6)
+    loss.backward()
+    assert torch.allclose(model.classifier.weight.grad, expected, atol=1e-6)
+    assert all(layer.core.grad is not None for layer in compressed_layers(model).values())
+
+
+def test_the_base_model_loads_what_was_saved_with_a_head_and_the_other_way_round(tmp_path):
+    model = compressed(BERT, EVERY)
+    jactus.save_pretrained(model, tmp_path / "with")
+    batch = {k: v for k, v in BERT.batch().items() if k != "labels"}
+    base = AutoModel.from_pretrained(tmp_path / "with").eval()
+    assert len(compressed_layers(base)) == len(compressed_layers(model))
+    with torch.no_grad():
+        expected = model.bert(**batch).last_hidden_state
+        assert torch.equal(base(**batch).last_hidden_state, expected)
+        jactus.save_pretrained(base, tmp_path / "without")
+        headed = AutoModelForSequenceClassification.from_pretrained(tmp_path / "without").eval()
+        assert torch.equal(headed.bert(**batch).last_hidden_state, expected)
+
+
+def test_a_part_of_the_core_can_train_and_all_of_it_reloads(tmp_path):
+    model = compressed(BERT, EVERY.replace(trainable_rank=2))
+    layers = compressed_layers(model)
+    blocks = {name for name, p in model.named_parameters() if p.requires_grad and name.endswith((".core", ".block"))}
+    small = {name for name, layer in layers.items() if layer.rank <= 2}
+    assert blocks == {f"{name}.core" if name in small else f"{name}.block" for name in layers}
+    for layer in layers.values():
+        if layer.block is not None:
+            torch.nn.init.normal_(layer.block)
+    expected = logits(model, BERT)
+    assert torch.equal(logits(saved_and_reloaded(model, BERT, tmp_path), BERT), expected)
+    # folding multiplies four float32 roundings per layer, over two blocks
+    assert relative(logits(jactus.fold(model), BERT), expected) < 1e-5
+
+
+def test_what_requires_grad_is_remembered_by_the_models_own_save(tmp_path):
+    model = compressed(BERT)
+    chosen = set(jactus.mark_trainable(model, ("LayerNorm",)))
+    assert any("LayerNorm" in name for name in chosen)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert {name for name, p in again.named_parameters() if p.requires_grad} == chosen
+
+
+def test_a_reloaded_model_is_an_ordinary_one_to_cast(tmp_path):
+    model = saved_and_reloaded(compressed(BERT, EVERY), BERT, tmp_path)
+    for dtype in (torch.float64, torch.float32, torch.float16):
+        assert {p.dtype for p in model.to(dtype).parameters()} == {dtype}
+    assert {p.dtype for p in model.float().half().parameters()} == {torch.float16}
+
+
+def test_layers_left_dense_stay_the_very_modules_they_were():
+    model = BY_NAME["bert"].model()
+    before = dict(model.named_modules())
+    chosen = planned("bert", SMALL)
+    some = list(chosen.ranks)[::2]
+    chosen = dataclasses.replace(chosen, ranks={**chosen.ranks, **dict.fromkeys(some)})
+    jactus.compress(model, chosen)
+    for name, rank in chosen.ranks.items():
+        assert isinstance(model.get_submodule(name), CoreLinear) if rank else model.get_submodule(name) is before[name]
