@@ -45,6 +45,8 @@ def calibrate(
     the batch), a layer that was never called, a snapshot of another run.
     """
     config = config or JactusConfig()
+    if torch.is_inference_mode_enabled():
+        raise JactusError("calibrate needs gradients and is called under torch.inference_mode(); call it outside")
     targets = find_targets(model, config)
     for target in targets.values():
         if not torch.isfinite(target.weight).all():

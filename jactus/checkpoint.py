@@ -42,7 +42,7 @@ def save_pretrained(model: PreTrainedModel, directory: str | os.PathLike, **kwar
     try:
         directory.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=".saving-", dir=directory))
-        model.save_pretrained(partial, **kwargs)
+        model.save_pretrained(partial, **{"state_dict": _with_tripwires(model), **kwargs})
         _add_digests(partial)
         for file in partial.iterdir():
             with file.open("rb") as handle:
@@ -62,6 +62,12 @@ def save_pretrained(model: PreTrainedModel, directory: str | os.PathLike, **kwar
     finally:
         if partial is not None:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def _with_tripwires(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict with an empty `weight` for each low-rank layer: without `import jactus`, transformers then stops at
+    its shape, where it would otherwise make up dense weights and only warn."""
+    return {**model.state_dict(), **{f"{name}.weight": torch.empty(0) for name in compressed_layers(model)}}
 
 
 def _add_digests(directory: Path) -> None:

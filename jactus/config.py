@@ -1,6 +1,7 @@
 """Everything that can be chosen, in one frozen data class; each field says what it means and who decided its default."""
 
 import dataclasses
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -91,31 +92,44 @@ class JactusConfig:
     def __post_init__(self) -> None:
         for name in ("target_modules", "exclude_modules", "union", "trainable_extras"):
             value = getattr(self, name)
-            if not isinstance(value, str | tuple):
+            if isinstance(value, str) and name in ("union", "trainable_extras"):
+                object.__setattr__(self, name, (value,))  # elsewhere one string is a regular expression
+            elif isinstance(value, list | set):
                 object.__setattr__(self, name, tuple(value))
-        checks = {
-            "budget": 0 < self.budget <= 1,
+        for name in ("dtype", "core_dtype", "statistics_dtype", "statistics_device"):
+            if isinstance(getattr(self, name), torch.dtype | torch.device):
+                object.__setattr__(self, name, str(getattr(self, name)).removeprefix("torch."))
+        allowed = {
+            "budget": _number(self.budget) and 0 < self.budget <= 1,
             "budget_unit": self.budget_unit in ("parameters", "bytes", "flops"),
             "accounting": self.accounting in ("three_factor", "folded"),
             "scope": self.scope in ("targets", "model"),
+            "target_modules": _names(self.target_modules),
+            "exclude_modules": _names(self.exclude_modules),
             "metric": self.metric in METRICS,
-            "damping": self.damping > 0,
-            "union": "weight" in self.union and set(self.union) <= set(SOURCES),
-            "union_share": 0 <= self.union_share < 1,
+            "damping": _number(self.damping) and self.damping > 0,
+            "union": _names(self.union)
+            and "weight" in self.union
+            and set(self.union) <= set(SOURCES)
+            and len(set(self.union)) == len(self.union),
+            "union_share": _number(self.union_share) and 0 <= self.union_share < 1,
             "coordinates": self.coordinates in ("fisher", "orthonormal"),
-            "coordinate_damping": self.coordinate_damping >= self.damping,
+            "coordinate_damping": _number(self.coordinate_damping)
+            and (not _number(self.damping) or self.coordinate_damping >= self.damping),
             "allocation": self.allocation in ("global", "uniform"),
-            "rank_floor": self.rank_floor >= 0 and (isinstance(self.rank_floor, int) or self.rank_floor <= 1),
-            "rank_multiple": self.rank_multiple >= 1,
+            "rank_floor": _whole(self.rank_floor) or (_number(self.rank_floor) and self.rank_floor <= 1),
+            "rank_multiple": _whole(self.rank_multiple) and self.rank_multiple >= 1,
             "statistics_dtype": self.statistics_dtype in ("float32", "float64"),
-            "memory_limit": self.memory_limit is None or self.memory_limit > 0,
-            "loss_scale": self.loss_scale > 0,
-            "dtype": self.dtype is None or is_floating(self.dtype),
-            "core_dtype": self.core_dtype is None or is_floating(self.core_dtype),
-            "trainable_rank": self.trainable_rank is None or self.trainable_rank >= 1,
+            "statistics_device": self.statistics_device is None or _is_device(self.statistics_device),
+            "memory_limit": self.memory_limit is None or (_whole(self.memory_limit) and self.memory_limit > 0),
+            "loss_scale": _number(self.loss_scale) and self.loss_scale > 0,
+            "dtype": self.dtype is None or _is_floating(self.dtype),
+            "core_dtype": self.core_dtype is None or _is_floating(self.core_dtype),
+            "trainable_extras": _names(self.trainable_extras),
+            "trainable_rank": self.trainable_rank is None or (_whole(self.trainable_rank) and self.trainable_rank >= 1),
         }
-        for name, ok in checks.items():
-            if not ok:
+        for name, ok in allowed.items():
+            if not ok or (name == "rank_floor" and self.rank_floor < 0):
                 help = next(f.metadata["help"] for f in fields(self) if f.name == name)
                 raise JactusError(f"JactusConfig.{name} = {getattr(self, name)!r} is not allowed. {help}")
 
@@ -156,6 +170,26 @@ class JactusConfig:
         return cls(**values)
 
 
-def is_floating(name: str) -> bool:
-    dtype = getattr(torch, name, None)
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _names(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, tuple) and all(isinstance(v, str) and v for v in value))
+
+
+def _is_floating(name: Any) -> bool:
+    dtype = getattr(torch, str(name), None)
     return isinstance(dtype, torch.dtype) and dtype.is_floating_point
+
+
+def _is_device(name: Any) -> bool:
+    try:
+        torch.device(name)
+    except (RuntimeError, TypeError):
+        return False
+    return True

@@ -5,6 +5,7 @@ quantiser puts such layers into the empty model before its weights are read. Aft
 """
 
 import os
+import re
 from typing import Any
 
 import torch
@@ -105,6 +106,8 @@ class JactusQuantizer(HfQuantizer):
                     f"{type(model).__name__} has {'none of that name' if old is None else old} there"
                 )
             replace_module(model, own, skeleton(kept))
+        tripwires = "|".join(re.escape(name) for name in compressed_layers(model))
+        model._keys_to_ignore_on_load_unexpected |= {rf"^({tripwires})\.weight$"}
 
     def _check_files(self, paths: list[str]) -> None:
         """Compare weight files with their digests, when the checkpoint has any."""

@@ -6,7 +6,7 @@ from torch import nn
 from jactus_kernels import JactusError
 
 from .config import JactusConfig
-from .layers import CoreLinear, LowRankLinear, compressed_layers, refuse_compressed, replace_module
+from .layers import CoreLinear, LowRankLinear, compressed_layers, replace_module
 from .loader import record
 from .plan import Plan, PlannedLayer
 from .planning import core_dtype
@@ -22,7 +22,6 @@ def compress(model: nn.Module, plan: Plan) -> nn.Module:
 
     Raises JactusError when the model is compressed already or is not the one the plan was made for.
     """
-    refuse_compressed(model)
     targets = find_targets(model, plan.config)
     for name, layer in plan.layers.items():
         target = targets.get(name)

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from models import BERT, EVERY, FAMILIES, LLAMA, SMALL, compressed, planned
 from torch import nn
 from transformers import AutoModel
-from unchanged import assert_same, state
 
 import jactus
 from jactus import JactusConfig, JactusError
+from tests.models import BERT, EVERY, FAMILIES, LLAMA, SMALL, compressed, planned
+from tests.unchanged import assert_same, state
 
 LAYER0, LAYER1 = "bert.encoder.layer.0", "bert.encoder.layer.1"
 
@@ -48,6 +48,16 @@ def calibrate(model, batches, config=SMALL, **kwargs):
         {"dtype": "floaty"},
         {"core_dtype": "bf16"},
         {"trainable_rank": 0},
+        {"budget": "0.8"},
+        {"budget": True},
+        {"rank_multiple": 1.5},
+        {"rank_multiple": "16"},
+        {"loss_scale": float("inf")},
+        {"union": ("weight", "weight")},
+        {"union": None},
+        {"target_modules": None},
+        {"statistics_device": "gpu"},
+        {"trainable_rank": 2.5},
     ],
     ids=str,
 )
@@ -374,3 +384,18 @@ def test_another_tools_hooks_survive_every_step():
     for handle in handles:
         handle.remove()  # and their owner can still take them away
     works(times=0)
+
+
+def test_one_string_and_a_torch_dtype_are_understood():
+    config = JactusConfig(trainable_extras="bias", dtype=torch.bfloat16, union=["weight"], statistics_device="cpu")
+    assert (config.trainable_extras, config.dtype, config.union) == (("bias",), "bfloat16", ("weight",))
+
+
+def test_an_extra_that_no_module_has_is_refused():
+    with pytest.raises(JactusError, match="haed"):
+        jactus.mark_trainable(BERT.model(), ("haed",))
+
+
+def test_calibration_under_inference_mode_is_refused():
+    with torch.inference_mode(), pytest.raises(JactusError, match="inference_mode"):
+        jactus.calibrate(BERT.model(), BERT.batches(), SMALL, progress=False)

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import BERT, EVERY, FAMILIES, GPT2, LLAMA, SMALL, compressed, planned
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 import jactus
 from jactus import JactusError
+from tests.models import BERT, EVERY, FAMILIES, GPT2, LLAMA, SMALL, compressed, planned
 
 resource = pytest.importorskip("resource", reason="file size limits are a POSIX matter")
 
@@ -66,7 +66,7 @@ with torch.no_grad():
 assert "jactus" not in sys.modules
 
 import jactus
-from models import FAMILIES
+from tests.models import FAMILIES
 for family in FAMILIES:
     for form in ("core", "folded"):
         model = family.auto.from_pretrained(root / family.name / form).eval()
@@ -380,3 +380,11 @@ def test_cores_survive_a_full_disk(tmp_path):
     assert contents(tmp_path) == before
     jactus.load_cores(model, tmp_path / "cores")
     assert torch.equal(logits(model), logits(compressed(BERT, EVERY)))
+
+
+def test_without_jactus_a_checkpoint_is_refused_and_never_filled_with_made_up_weights(tmp_path):
+    jactus.save_pretrained(compressed(BERT), tmp_path)
+    code = "import sys; from transformers import AutoModelForSequenceClassification as Auto; Auto.from_pretrained(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "mismatch" in done.stderr.lower()

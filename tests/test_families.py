@@ -5,11 +5,11 @@ import json
 
 import pytest
 import torch
-from models import BERT, BY_NAME, EVERY, FAMILIES, GPT2, LLAMA, SMALL, T5, cast, compressed, planned
 from transformers import AutoModel, AutoModelForSequenceClassification
 
 import jactus
 from jactus.layers import CoreLinear, FoldedLinear, compressed_layers
+from tests.models import BERT, BY_NAME, EVERY, FAMILIES, GPT2, LLAMA, SMALL, T5, cast, compressed, planned
 
 families = pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
 HEADS = {"bert": {"classifier.weight", "classifier.bias"}, "vit": {"classifier.weight", "classifier.bias"}}

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import BERT, SMALL, VIT
-from unchanged import assert_same, state
 
 import jactus
 from jactus import JactusError
+from tests.models import BERT, SMALL, VIT
+from tests.unchanged import assert_same, state
 
 
 def calibrate(model, batches, config=SMALL, **kwargs):
@@ -61,7 +61,7 @@ def test_ctrl_c_resumes_to_a_bit_identical_result(at, memory_limit, tmp_path):
 KILLED = """
 import os, signal, sys
 import jactus
-from models import BERT, SMALL
+from tests.models import BERT, SMALL
 
 def batches():
     for index, batch in enumerate(BERT.batches(5)):

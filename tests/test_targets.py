@@ -3,7 +3,6 @@
 import peft
 import pytest
 import torch
-from models import BERT, FAMILIES, GPT2, LLAMA, SMALL, Family
 from torch import nn
 from torch.nn.utils import parametrizations
 from transformers import AutoModelForCausalLM, MixtralConfig, Qwen2MoeConfig
@@ -13,6 +12,7 @@ import jactus
 from jactus import JactusError
 from jactus.layers import compressed_layers
 from jactus.targets import find_targets
+from tests.models import BERT, FAMILIES, GPT2, LLAMA, SMALL, Family
 
 _moe = {
     "vocab_size": 64,

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from models import BERT, EVERY, LLAMA, VIT, compressed
 from transformers import Trainer, TrainingArguments
 
 import jactus
 from jactus.layers import compressed_layers
+from tests.models import BERT, EVERY, LLAMA, VIT, compressed
 
 
 def trainer(model, path, family=BERT, **arguments):

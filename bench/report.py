@@ -1,0 +1,108 @@
+"""A demo's rows as a table and as JSON, with what a reader needs to repeat them."""
+
+import json
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("jactus-kernels", "torch", "transformers", "peft", "numpy")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method: its score before and after training, and what it costs. Parameters are of the whole model."""
+
+    method: str
+    untrained: float | None
+    trained: float | None
+    stored: int
+    folded: int
+    trainable: int
+    optimizer_bytes: int
+    train_seconds: float | None
+    learning_rate: float | None = None
+
+
+def environment(seed: int) -> dict[str, Any]:
+    """Seed, versions and machine."""
+    return {
+        "seed": seed,
+        "python": platform.python_version(),
+        **{name: _version(name) for name in PACKAGES},
+        "machine": f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {platform.system()}",
+    }
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    names = (
+        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        if (info.exists())
+        else []
+    )
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, padded so that it reads as plain text too; all but the first column to the right."""
+    widths = [max(len(str(row[i])) for row in [header, *rows]) for i in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [str(c).rjust(w) if i else str(c).ljust(w) for i, (c, w) in enumerate(zip(cells, widths))]
+        return "| " + " | ".join(padded) + " |"
+
+    rule = "|" + "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths)) + "|"
+    return "\n".join([line(header), rule, *map(line, rows)])
+
+
+def methods_table(rows: Sequence[Row], score: str, form: str) -> str:
+    """The rows with their score (`form` as in format()), sizes in millions, optimizer state in MB."""
+
+    def shown(value: float | None) -> str:
+        return "–" if value is None else format(value, form)
+
+    header = (
+        "method",
+        f"{score}, untrained",
+        "trained",
+        "stored",
+        "folded",
+        "trainable",
+        "optimizer",
+        "training",
+        "lr",
+    )
+    cells = [
+        (
+            row.method,
+            shown(row.untrained),
+            shown(row.trained),
+            f"{row.stored / 1e6:.2f}M",
+            f"{row.folded / 1e6:.2f}M",
+            f"{row.trainable / 1e6:.3f}M",
+            f"{row.optimizer_bytes / 1e6:.1f} MB",
+            "–" if row.train_seconds is None else f"{row.train_seconds:.0f} s",
+            "–" if row.learning_rate is None else f"{row.learning_rate:g}",
+        )
+        for row in rows
+    ]
+    return table(header, cells)
+
+
+def write_json(path: Path, rows: Sequence[Row], **more: Any) -> None:
+    """Everything printed, for machines."""
+    result = {**more, "rows": [asdict(row) for row in rows]}
+    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
