@@ -54,7 +54,7 @@ class JactusConfig:
         "Coordinates of the core: 'fisher' whitens the bases by G and A so that Adam on the core is preconditioned "
         "(our choice; the function computed is the same), 'orthonormal' is the paper's.",
     )
-    coordinate_damping: float = option(0.1, "Damping of the metric used for 'fisher' coordinates; at least `damping`.")
+    coordinate_damping: float = option(1.0, "Damping of the metric used for 'fisher' coordinates; at least `damping`.")
 
     allocation: str = option("global", "'global' by marginal gain per unit of cost, or 'uniform'.")
     rank_floor: int | float = option(
