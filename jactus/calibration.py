@@ -60,7 +60,7 @@ def calibrate(
     bytes_needed = max(sum(sum_bytes(t, config) for t in part) for part in passes)
     logger.info("calibrating %d layers, sums of at most %.1f MB at a time", len(targets), bytes_needed / 1e6)
     statistics = Statistics()
-    snapshots = Snapshots(resume, resume_every, config, targets)
+    snapshots = Snapshots(resume, resume_every, config, model)
     for number, part in enumerate(passes):
         done = snapshots.finished(number)
         if done is None:
@@ -70,9 +70,12 @@ def calibrate(
         _append(statistics, done, to_cpu=len(passes) > 1)
     snapshots.clear()
     statistics.symmetrize_()
-    fewest, advised = min(statistics.tokens.values(), default=0), statistics.advised_tokens()
-    if fewest < advised and (config.needs_input or config.needs_output):
-        logger.warning("calibrated on %d tokens; %d are advised for the widest layer", fewest, advised)
+    short = statistics.short_of_tokens()
+    if short and (config.needs_input or config.needs_output):
+        logger.warning(
+            "%d of %d layers saw fewer tokens than the 4n advised, e.g. %s: %d of %d",
+            len(short), len(targets), short[0], statistics.layer_tokens(short[0]), 4 * targets[short[0]].n,
+        )  # fmt: skip
     return statistics
 
 

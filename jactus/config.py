@@ -31,7 +31,9 @@ class JactusConfig:
         "'three_factor' counts r(m+n)+r² a layer, what is stored while training; 'folded' counts r(m+n), what is "
         "deployed. '80%' is ambiguous without this word.",
     )
-    scope: str = option("targets", "'targets': the budget is of the targeted layers' weights; 'model': of the model.")
+    scope: str = option(
+        "targets", "'targets': the budget is of the targeted layers; 'model': of the whole model (in parameters only)."
+    )
 
     target_modules: str | tuple[str, ...] = option(
         "all-linear",
@@ -51,8 +53,8 @@ class JactusConfig:
     union_share: float = option(0.25, "The part of each rank given to the sources other than 'weight', in [0, 1).")
     coordinates: str = option(
         "fisher",
-        "Coordinates of the core: 'fisher' whitens the bases by G and A so that Adam on the core is preconditioned "
-        "(our choice; the function computed is the same), 'orthonormal' is the paper's.",
+        "Coordinates of the core: 'fisher' whitens the bases by the metric (by G and A under metric='fisher'), so that "
+        "Adam on the core is preconditioned (our choice; the function computed is the same); 'orthonormal' does not.",
     )
     coordinate_damping: float = option(1.0, "Damping of the metric used for 'fisher' coordinates; at least `damping`.")
 
@@ -86,7 +88,9 @@ class JactusConfig:
         "(of the compressed layers), or name endings of further modules.",
     )
     trainable_rank: int | None = option(
-        None, "Train only this leading block of each core; None: all of it. For cores too large for the optimizer."
+        None,
+        "Train only this leading block of each core, task directions first; None: all of it. For cores too large for the "
+        "optimizer.",
     )
 
     def __post_init__(self) -> None:
@@ -103,7 +107,7 @@ class JactusConfig:
             "budget": _number(self.budget) and 0 < self.budget <= 1,
             "budget_unit": self.budget_unit in ("parameters", "bytes", "flops"),
             "accounting": self.accounting in ("three_factor", "folded"),
-            "scope": self.scope in ("targets", "model"),
+            "scope": self.scope == "targets" or (self.scope == "model" and self.budget_unit == "parameters"),
             "target_modules": _names(self.target_modules),
             "exclude_modules": _names(self.exclude_modules),
             "metric": self.metric in METRICS,

@@ -1,6 +1,6 @@
 """Fit a fresh task head before calibrating: gradients through a random head say nothing about the task."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -47,19 +47,42 @@ def fit_head(
                 for index, batch in enumerate(tqdm(batches, "features", unit="batch", disable=not progress)):
                     batch = to_device(batch, device)
                     loss_sum(model, batch, loss, index)
-                    kept.append((batch, outputs.pop()))
+                    kept.append((batch, _features(outputs.pop())))
         finally:
             handle.remove()
         if not kept:
             raise JactusError("no batch came out of `batches`; pass a list or loader with at least one")
         own = {"forward": base.forward} if "forward" in vars(base) else {}  # another tool's, e.g. accelerate's
+        parameters = list(head.values())
+        before = [p.data for p in parameters]
         try:
-            return _minimise(model, base, list(head.values()), kept, loss, l2, iterations)
+            for p in parameters:
+                p.data = p.data.float() if p.element_size() < 4 else p.data.clone()  # no line search in half precision
+            final = _minimise(model, base, parameters, kept, loss, l2, iterations)
+            for p, old in zip(parameters, before):
+                p.data = p.data.to(old.dtype)
+            return final
+        except BaseException:
+            for p, old in zip(parameters, before):
+                p.data = old
+            raise
         finally:
             vars(base).pop("forward", None)
             vars(base).update(own)
             for name, p in model.named_parameters():
                 p.requires_grad_(wanted[name])
+
+
+def _features(output: Any) -> Any:
+    """A base model's output to keep: at least float32, and without a decoder's cache."""
+    if isinstance(output, Tensor):
+        return output.float() if output.is_floating_point() and output.element_size() < 4 else output
+    if isinstance(output, Mapping):
+        kept = {key: _features(value) for key, value in output.items() if key != "past_key_values"}
+        return type(output)(**kept)
+    if isinstance(output, tuple):
+        return tuple(map(_features, output))
+    return output
 
 
 def _minimise(

@@ -70,8 +70,8 @@ def _describe_layer(layer: LowRankLinear, model: nn.Module) -> dict[str, Any]:
         kept["dtype"] = str(bases.dtype).removeprefix("torch.")
     if isinstance(layer, CoreLinear):
         kept["trainable_rank"] = None if layer.block is None else layer.block.shape[0]
-        if layer.core.dtype != bases.dtype:
-            kept["core_dtype"] = str(layer.core.dtype).removeprefix("torch.")
+        # always: a model loaded in bfloat16 still trains its cores as they were stored
+        kept["core_dtype"] = str(layer.core.dtype).removeprefix("torch.")
     return kept
 
 

@@ -46,10 +46,10 @@ def loss_sum(
     elif not isinstance(result, Tensor):
         raise JactusError(f"batch {index}: the loss is a {type(result).__name__}; return a tensor or (sum, terms)")
     elif result.dim() > 0:
-        total, terms = result.sum(), result.numel()
+        total, terms = widened(result).sum(), _unreduced_terms(result, batch)
     else:
         terms = _count_terms(model, batch, index)
-        total = result * terms
+        total = widened(result) * terms
     if terms < 1:
         raise JactusError(f"batch {index} has no loss term (all its labels are -100); drop it or check the labels")
     if not torch.isfinite(total):
@@ -57,6 +57,21 @@ def loss_sum(
             blame(index)
         raise JactusError(f"batch {index}: the loss is {total.item()}; check its inputs and labels, or use float32")
     return total, terms
+
+
+def widened(loss: Tensor) -> Tensor:
+    """A half-precision loss in float32: its sum over a batch's terms would overflow."""
+    return loss.float() if loss.element_size() < 4 else loss
+
+
+def _unreduced_terms(terms: Tensor, batch: Any) -> int:
+    """Unreduced terms count one each, except those that are zero because their label is -100."""
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    if isinstance(labels, Tensor) and not labels.is_floating_point():
+        for wanted in (labels, labels[..., 1:] if labels.dim() > 1 else labels):
+            if wanted.numel() == terms.numel():
+                return int((wanted != -100).sum())
+    return terms.numel()
 
 
 def _own_loss(model: nn.Module, batch: Any, index: int) -> Tensor:
@@ -87,7 +102,7 @@ def _count_terms(model: nn.Module, batch: Any, index: int) -> int:
         )
     if labels.is_floating_point():
         return labels.numel()
-    if type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+    if _shifts_labels(model):
         labels = labels[..., 1:]  # the model shifts them: the first token is never predicted
     return int((labels != -100).sum())
 
@@ -98,12 +113,12 @@ class TokenMasks:
     def __init__(self, model: nn.Module, batch: Any, index: int) -> None:
         get = batch.get if isinstance(batch, Mapping) else lambda key: None
         self.index = index
-        self.encoder_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-        self.mask = _as_mask(get("attention_mask"))
-        self.decoder_mask = _as_mask(get("decoder_attention_mask"))
+        self.encoder_decoder = is_encoder_decoder(model)
+        self.mask = _as_mask(get("attention_mask"), index)
+        self.decoder_mask = _as_mask(get("decoder_attention_mask"), index)
         labels = get("labels")
         if self.decoder_mask is None and self.encoder_decoder and isinstance(labels, Tensor):
-            self.decoder_mask = _as_mask(labels != -100)  # a padded label's decoder input is padding too
+            self.decoder_mask = _as_mask(labels != -100, index)  # a padded label's decoder input is padding too
 
     def of(self, name: str, shape: torch.Size) -> Tensor | None:
         """The (T,) bool mask for the layer's input of shape (..., n) flattened to (T, n); None keeps all.
@@ -117,18 +132,36 @@ class TokenMasks:
             return None
         rows = shape[:-1]
         if rows == mask.shape or rows == (mask.numel(),):
-            return mask.reshape(-1)
+            return None if bool(mask.all()) else mask.reshape(-1)
         if rows == mask.shape[:1]:
             return None  # one row an example, e.g. a pooled vector
         raise JactusError(
             f"{name} got an input of shape {tuple(shape)} in batch {self.index}, which does not fit the attention mask "
-            f"{tuple(mask.shape)}: its padding cannot be told apart; exclude the layer, or pass batches without padding"
+            f"{tuple(mask.shape)}: its rows cannot be told to be tokens (a table of positions? windows?); exclude the "
+            "layer, or pass batches without an attention mask if every row is a token"
         )
 
 
-def _as_mask(mask: Any) -> Tensor | None:
-    """A 2-D 0/1 mask as bool; None when nothing is masked."""
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether the model, or one inside a wrapper, is an encoder–decoder."""
+    return any(getattr(getattr(m, "config", None), "is_encoder_decoder", False) for m in model.modules())
+
+
+def _shifts_labels(model: nn.Module) -> bool:
+    """Whether the model's own loss predicts labels[1:]: causal language models, and classes derived from them."""
+    names = {base.__name__ for base in type(model).__mro__}
+    causal = not names.isdisjoint(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    by_loss = getattr(model, "loss_type", None) in ("ForCausalLM", "ForConditionalGeneration")
+    return causal or (by_loss and not is_encoder_decoder(model))
+
+
+def _as_mask(mask: Any, index: int) -> Tensor | None:
+    """A 2-D 0/1 mask as bool; None when there is none. Raises JactusError for another kind of mask."""
+    if mask is None:
         return None
-    mask = mask.bool()
-    return None if bool(mask.all()) else mask
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        what = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise JactusError(
+            f"batch {index}: the attention mask is {what}; pass a 2-D one, of 1 for tokens and 0 for padding"
+        )
+    return mask.bool()

@@ -42,7 +42,7 @@ class PlannedLayer:
         folded = config.accounting == "folded"
         ranks = admissible_ranks(m, n, config.rank_multiple, folded)
         kept = np.concatenate([[0.0], np.cumsum(self.energies.numpy())])
-        weight_ranks = ranks - np.array([task_rank(int(r), self.share(config)) for r in ranks], dtype=int)
+        weight_ranks = np.array([self.weight_rank(int(r), config) for r in ranks], dtype=int)
         gain = kept[np.minimum(weight_ranks, len(kept) - 1)]
         basis, core = self.sizes
         if config.budget_unit == "bytes":
@@ -56,6 +56,10 @@ class PlannedLayer:
         if ends_dense:
             ranks, cost, gain = np.append(ranks, min(m, n)), np.append(cost, dense), np.append(gain, kept[-1])
         return Offer(self.name, ranks, cost.astype(float), gain, ends_dense, float(dense))
+
+    def weight_rank(self, rank: int, config: JactusConfig) -> int:
+        """How many of `rank` directions a side are weight directions."""
+        return rank - task_rank(rank, self.share(config))
 
     def share(self, config: JactusConfig) -> float:
         """The part of the rank that goes to task directions: none where the layer has none."""
@@ -112,7 +116,7 @@ class Plan:
         for name, layer in self.layers.items():
             rank = self.ranks[name]
             if rank is not None:
-                lost += float(layer.energies[rank - task_rank(rank, layer.share(self.config)) :].sum())
+                lost += float(layer.energies[layer.weight_rank(rank, self.config) :].sum())
         return lost / 2
 
     def save(self, path: str | os.PathLike) -> None:
@@ -177,7 +181,7 @@ def _table(plan: Plan) -> str:
     for name, layer in plan.layers.items():
         rank = plan.ranks[name]
         energy = layer.energies
-        weight_rank = len(energy) if rank is None else rank - int(layer.share(plan.config) * rank)
+        weight_rank = len(energy) if rank is None else layer.weight_rank(rank, plan.config)
         kept = float(energy[:weight_rank].sum() / energy.sum()) if float(energy.sum()) else 1.0
         shape = f"{layer.m}×{layer.n}"
         lines.append(f"{name:<{wide}}  {shape:>12}  {'dense' if rank is None else rank:>5}  {kept:.4f}")

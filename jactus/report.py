@@ -80,7 +80,7 @@ def spectra(plan: Plan, path: str | os.PathLike) -> None:
         label = kind if kind not in seen else None
         axes.semilogy(range(1, len(energy) + 1), energy, color=colours[kind], lw=0.9, alpha=0.65, label=label)
         if rank is not None:
-            cut = max(rank - int(layer.share(plan.config) * rank), 1)
+            cut = max(layer.weight_rank(rank, plan.config), 1)
             axes.plot(cut, energy[cut - 1], "o", color=colours[kind], ms=4, mec="white", mew=0.5)
     top = max(float(layer.energies.max()) for layer in plan.layers.values())
     axes.set_ylim(max(top * 1e-10, 1e-30), top * 3)

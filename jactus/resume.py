@@ -7,17 +7,26 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
-from torch import Tensor
+from torch import Tensor, nn
 
 from jactus_kernels import JactusError
 
 from . import storage
 from .config import JactusConfig
 from .statistics import Statistics
-from .targets import Target
+from .targets import fingerprint
 
 # The settings that decide what is summed; a snapshot made under others is another run.
-DECISIVE = ("metric", "union", "union_share", "statistics_dtype", "memory_limit", "loss_scale")
+DECISIVE = (
+    "target_modules",
+    "exclude_modules",
+    "metric",
+    "union",
+    "union_share",
+    "statistics_dtype",
+    "memory_limit",
+    "loss_scale",
+)
 
 
 class Snapshots:
@@ -26,15 +35,14 @@ class Snapshots:
     A snapshot is made between batches only, so an interruption at any moment loses at most the work since the last one.
     """
 
-    def __init__(
-        self, path: str | os.PathLike | None, every: float, config: JactusConfig, targets: dict[str, Target]
-    ) -> None:
+    def __init__(self, path: str | os.PathLike | None, every: float, config: JactusConfig, model: nn.Module) -> None:
         self.path = Path(path) if path is not None else None
         self.every, self.last = every, time.monotonic()
         self.hasher = xxhash.xxh3_128()
         self.identity = {
             "config": {key: _plain(getattr(config, key)) for key in DECISIVE},
-            "layers": {name: t.fingerprint for name, t in targets.items()},
+            # all weights: a head fitted anew gives other gradients in every layer
+            "weights": {name: fingerprint(p) for name, p in model.named_parameters()} if path is not None else {},
         }
         self.parts: dict[int, tuple[Statistics, dict]] = {}
         if self.path is not None and self.path.exists():
@@ -42,11 +50,11 @@ class Snapshots:
 
     def _load(self) -> None:
         tensors, meta = storage.read(self.path, "calibration snapshot")  # type: ignore[arg-type]
-        for what in ("layers", "config"):
+        for what, named in (("weights", "model (or a head fitted anew)"), ("config", "configuration")):
             if meta["identity"][what] != self.identity[what]:
                 raise JactusError(
-                    f"{self.path} is a snapshot of a run with another {'model' if what == 'layers' else 'configuration'}; "
-                    "resume with the same, or delete the file to start again"
+                    f"{self.path} is a snapshot of a run with another {named}; resume with the same, or delete the file to "
+                    "start again"
                 )
         for key, part in meta["parts"].items():
             prefix = f"{key}/"

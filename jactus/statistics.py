@@ -56,9 +56,9 @@ class Statistics:
         """Tokens that went through the layer."""
         return self.tokens[self.layers[name].inputs]
 
-    def advised_tokens(self) -> int:
-        """Four times the widest input: fewer leave a covariance rank-deficient in practice (legal, but noisy)."""
-        return 4 * max(layer.n for layer in self.layers.values())
+    def short_of_tokens(self) -> list[str]:
+        """Layers that saw fewer than 4n tokens: legal, but their covariances are noisy or rank-deficient."""
+        return [name for name, layer in self.layers.items() if self.layer_tokens(name) < 4 * layer.n]
 
     @property
     def nbytes(self) -> int:

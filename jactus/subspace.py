@@ -94,21 +94,22 @@ class Directions:
     sigma: Tensor
     task_core: Tensor
 
-    def factors(self, rank: int, share: float) -> tuple[Tensor, Tensor, Tensor]:
+    def factors(self, rank: int, share: float, task_first: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """U (m, rank), C (rank, rank), V (n, rank) in float64, bases orthonormal in the metric.
 
-        ⌊share·rank⌋ task directions are asked for a side; where fewer are independent, weight directions fill up.
+        ⌊share·rank⌋ task directions are asked for a side; where fewer are independent, weight directions fill up. They
+        come after the weight directions, or before them with `task_first`.
         """
         K = self.left.weight.shape[1]
         tasks = min(task_rank(rank, share), self.task_core.shape[0])
-        if rank - tasks > K:
+        if rank > K:
             raise JactusError(f"rank {rank} was asked for, but only {K} weight directions were kept; plan again")
         left, right = self.to64(self.left), self.to64(self.right)
         while True:
-            kept = min(rank - tasks, K)
+            kept = rank - tasks
             E_left, E_right = left.remainder(kept, tasks), right.remainder(kept, tasks)
             found = min(E_left.shape[1], E_right.shape[1])
-            if found == tasks or kept == K:
+            if found == tasks:
                 break
             tasks = found
         E_left, E_right = E_left[:, :found], E_right[:, :found]
@@ -117,7 +118,10 @@ class Directions:
             sigma[:kept, None] * right.cross[:kept, :tasks]
         )
         core = torch.block_diag(sigma[:kept].diag(), E_left.T @ inner @ E_right)
-        return left.basis(kept, E_left), core, right.basis(kept, E_right)
+        U, V = left.basis(kept, E_left), right.basis(kept, E_right)
+        if task_first:
+            U, V, core = U.roll(tasks, 1), V.roll(tasks, 1), core.roll((tasks, tasks), (0, 1))
+        return U, core, V
 
     @staticmethod
     def to64(side: Side) -> Side:

@@ -43,7 +43,8 @@ def compress(model: nn.Module, plan: Plan) -> nn.Module:
 def core_linear_from(layer: PlannedLayer, rank: int, old: nn.Module, config: JactusConfig) -> CoreLinear:
     """The three-factor layer of a planned layer at `rank`, with the bias, device, dtype and mode of the old one."""
     weight: torch.Tensor = old.weight  # type: ignore[assignment]
-    U, C, V = layer.directions.factors(rank, layer.share(config))
+    # A core of which only the leading block trains has the directions for learning lead.
+    U, C, V = layer.directions.factors(rank, layer.share(config), task_first=config.trainable_rank is not None)
     extra = config.coordinate_damping - config.damping
     whiten = config.coordinates == "fisher"
     U, C, V = change_coordinates(U, C, V, whiten, extra * layer.scales[0], extra * layer.scales[1])
@@ -92,7 +93,8 @@ def fold(model: nn.Module) -> nn.Module:
 def merge(model: nn.Module) -> nn.Module:
     """Make the model dense again, in place: plain Linear (or Conv1D) layers with the same function to rounding.
 
-    Returns the model, which `save_pretrained` then writes as an ordinary checkpoint.
+    Returns the model, which `save_pretrained` then writes as an ordinary checkpoint; like one freshly loaded, all its
+    parameters require grad.
 
     Raises JactusError when the model has no low-rank layer.
     """
@@ -101,5 +103,6 @@ def merge(model: nn.Module) -> nn.Module:
         raise JactusError(f"{type(model).__name__} has no low-rank layer to merge; it is dense already")
     for name, layer in layers.items():
         replace_module(model, name, layer.dense())
+    model.requires_grad_(True)
     record(model)
     return model

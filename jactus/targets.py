@@ -16,6 +16,8 @@ from .config import JactusConfig
 from .layers import refuse_compressed
 
 logger = logging.getLogger("jactus")
+# What transformers calls the top-level heads of models that have no base model apart.
+HEADS = ("classifier", "score", "qa_outputs", "projector")
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,9 @@ def find_targets(model: nn.Module, config: JactusConfig) -> dict[str, Target]:
     tied to another weight, parametrised or a fused three-dimensional tensor of experts: each by its name.
     """
     refuse_compressed(model)
+    _refuse_wrapper(model)
     head = outside_base(model)
+    twice = _reachable_twice(model)
     tied = _tied_weights(model)
     everything = config.target_modules == "all-linear"
     targets: dict[str, Target] = {}
@@ -75,6 +79,11 @@ def find_targets(model: nn.Module, config: JactusConfig) -> dict[str, Target]:
         elif not _matches(name, config.target_modules):
             continue
         _refuse_unsuitable(name, module, tied)
+        if id(module) in twice:
+            raise JactusError(
+                f"{name} is also reachable as {twice[id(module)]}: replacing it under one name would leave it dense under the "
+                "other; add it to exclude_modules"
+            )
         targets[name] = _target(name, module)
     if not targets:
         linear = [n for n, m in model.named_modules() if looks_linear(m)]
@@ -99,6 +108,8 @@ def outside_base(model: nn.Module) -> set[str]:
     if isinstance(base, nn.Module) and base is not model:
         inside = {id(m) for m in base.modules()}
         names = {name for name, m in model.named_modules() if name and id(m) not in inside}
+    else:  # a model that is its own base, such as CLIPForImageClassification
+        names = {name for name, _ in model.named_modules() if name.split(".")[0] in HEADS}
     embedding = output_embedding(model)
     return names | {name for name, m in model.named_modules() if m is embedding and m is not None}
 
@@ -116,6 +127,32 @@ def _claims_to_be_linear(module: nn.Module) -> bool:
     """Also true of quantised and adapter-wrapped layers, so that they are refused and not passed over."""
     foreign = "linear" in type(module).__name__.lower() and hasattr(module, "in_features") and hasattr(module, "weight")
     return looks_linear(module) or foreign
+
+
+def _refuse_wrapper(model: nn.Module) -> None:
+    inner = getattr(model, "_orig_mod", None)
+    if inner is None and type(model).__name__ in (
+        "DistributedDataParallel",
+        "DataParallel",
+        "FullyShardedDataParallel",
+    ):
+        inner = model.module
+    if isinstance(inner, nn.Module):
+        raise JactusError(
+            f"the model is wrapped by {type(model).__name__}; pass the {type(inner).__name__} inside it, and wrap it again "
+            "once its layers are replaced"
+        )
+
+
+def _reachable_twice(model: nn.Module) -> dict[int, str]:
+    """id → second name of every module that is an attribute under two names."""
+    seen: set[int] = set()
+    twice: dict[int, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if id(module) in seen:
+            twice.setdefault(id(module), name)
+        seen.add(id(module))
+    return twice
 
 
 def _matches(name: str, patterns: str | tuple[str, ...]) -> bool:

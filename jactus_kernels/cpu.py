@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,10 @@ BLOCK = 384
 @contextmanager
 def _products_in_bfloat16() -> Iterator[None]:
     """Let float32 matmuls multiply in bfloat16 and add in float32: exact for inputs that are bfloat16 values."""
-    backend = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    backend: Any = getattr(torch.backends.mkldnn, "matmul", None)
+    if not hasattr(backend, "fp32_precision"):  # torch before 2.9: float32 products, as exact and slower
+        yield
+        return
     before = backend.fp32_precision
     backend.fp32_precision = "bf16"  # process-wide, hence restored
     try:

@@ -135,19 +135,22 @@ def test_a_budget_of_the_whole_model(bert):
 
 
 def test_trainable_rank_trains_the_leading_block(bert):
-    plan = planned(bert, budget=0.7, trainable_rank=2, leave_dense=False)
-    whole = jactus.compress(copy.deepcopy(bert[0]), planned(bert, budget=0.7, leave_dense=False))
+    config = {"budget": 0.7, "leave_dense": False, "rank_multiple": 4}
+    plan = planned(bert, trainable_rank=2, **config)
+    whole = jactus.compress(copy.deepcopy(bert[0]), planned(bert, **config))
     model = jactus.compress(copy.deepcopy(bert[0]), plan)
     batch = BERT.batch()
-    assert torch.equal(model(**batch).logits, whole(**batch).logits)
+    assert torch.allclose(model(**batch).logits, whole(**batch).logits, atol=1e-5), "only the order differs"
     blocks = {n: p for n, p in model.named_parameters() if n.endswith(".block")}
     assert blocks
     assert all(p.shape == (2, 2) and p.requires_grad for p in blocks.values())
+    for name in blocks:
+        model.get_submodule(name.removesuffix(".block")).core.requires_grad_(True)
     model(**batch).loss.backward()
-    whole(**batch).loss.backward()
     for name, block in blocks.items():
-        core = whole.get_parameter(name.replace(".block", ".core"))
-        assert torch.allclose(block.grad, core.grad[:2, :2], atol=1e-7)
+        core = model.get_parameter(name.replace(".block", ".core"))
+        assert torch.equal(block.grad, core.grad[:2, :2])
+        core.requires_grad_(False)
     with torch.no_grad():
         for block in blocks.values():
             block += torch.randn_like(block)

@@ -104,6 +104,31 @@ def test_a_fitted_head_is_the_minimum_of_the_penalised_mean_loss():
         jactus.fit_head(LLAMA.model(), LLAMA.batches(), progress=False)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_head_in_half_precision_is_fitted_in_float32_and_kept_in_its_dtype(dtype):
+    model, batches = BERT.model(dtype=dtype), BERT.batches(8)
+    exact = jactus.fit_head(BERT.model(), batches, progress=False)
+    assert jactus.fit_head(model, batches, progress=False) == pytest.approx(exact, rel=0.02)
+    assert model.classifier.weight.dtype == dtype
+    assert torch.isfinite(model(**batches[0]).logits).all()
+
+
+def test_a_failing_fit_leaves_the_head_as_it_was():
+    model, batches = BERT.model(), BERT.batches(4)
+    before = model.classifier.weight.detach().clone()
+    calls = []
+
+    def loss(model, batch):
+        calls.append(1)
+        logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        terms = torch.nn.functional.cross_entropy(logits, batch["labels"], reduction="none")
+        return terms * (float("nan") if len(calls) > 10 else 1.0)
+
+    with pytest.raises(jactus.JactusError, match="nan"):
+        jactus.fit_head(model, batches, loss=loss, progress=False)
+    assert torch.equal(model.classifier.weight, before)
+
+
 def test_importing_needs_no_triton():
     code = "import sys; sys.modules['triton'] = None; import jactus, jactus_kernels; print(jactus.__version__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

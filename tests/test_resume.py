@@ -102,6 +102,11 @@ def snapshot(tmp_path):
     return file
 
 
+def _other_head(model):
+    torch.nn.init.normal_(model.classifier.weight)
+    return model
+
+
 OTHER_RUNS = [
     (lambda: (BERT.model(), BERT.batches(5)[::-1], SMALL), "first 3 batches are not those.*another order"),
     (lambda: (BERT.model(), BERT.batches(5, rows=2), SMALL), "first 3 batches are not those"),
@@ -109,7 +114,8 @@ OTHER_RUNS = [
     (lambda: (BERT.model(), [], SMALL), "no batch|holds 3 batches, and only 0 came"),
     (lambda: (BERT.model(), BERT.batches(5), SMALL.replace(metric="input")), "another configuration"),
     (lambda: (BERT.model(), BERT.batches(5), SMALL.replace(statistics_dtype="float64")), "another configuration"),
-    (lambda: (BERT.model(), BERT.batches(5), SMALL.replace(exclude_modules=("query",))), "another model"),
+    (lambda: (BERT.model(), BERT.batches(5), SMALL.replace(exclude_modules=("query",))), "another configuration"),
+    (lambda: (_other_head(BERT.model()), BERT.batches(5), SMALL), "head fitted anew"),
     (lambda: (BERT.model(seed=1), BERT.batches(5), SMALL), "another model"),
     (lambda: (VIT.model(), VIT.batches(5), SMALL), "another model"),
 ]

@@ -249,3 +249,70 @@ def test_ranks_of_a_process_group_reduce_to_the_whole(tmp_path):
     whole = calibrated(BERT.model(), BERT.batches(5))
     for rank in range(2):
         same(Statistics.load(tmp_path / f"{rank}.safetensors"), whole, rtol=1e-6)
+
+
+class _Wrapper(nn.Module):
+    """A module of the user's own around a transformers model: no `.config` of its own."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, **batch):
+        return self.inner(**batch)
+
+
+def test_a_wrapped_encoder_decoder_keeps_its_masks_apart():
+    batch = T5.batch(rows=4, length=5)
+    bare, wrapped = (
+        calibrated(T5.model(), [batch]),
+        calibrated(_Wrapper(T5.model()), [batch], DOUBLE.replace(exclude_modules=r".*lm_head")),
+    )
+    for name in bare.layers:
+        assert bare.layer_tokens(name) == wrapped.layer_tokens(f"inner.{name}")
+
+
+def test_a_subclass_of_a_causal_model_counts_its_terms_as_it_does():
+    class Mine(type(LLAMA.model())):
+        pass
+
+    mine = Mine(LLAMA.config).double().eval()
+    mine.load_state_dict(LLAMA.model().state_dict())
+    same(calibrated(mine, LLAMA.batches()), calibrated(LLAMA.model(dtype=torch.float64), LLAMA.batches()))
+
+
+def test_unreduced_terms_of_ignored_labels_do_not_count():
+    model, batches = LLAMA.model(dtype=torch.float64), LLAMA.batches()
+
+    def loss(model, batch):
+        logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+        return nn.functional.cross_entropy(logits.transpose(1, 2), batch["labels"][:, 1:], reduction="none")
+
+    # the model computes its loss from float32 logits
+    same(calibrated(model, batches, loss=loss), calibrated(model, batches), rtol=1e-5)
+
+
+def test_rows_that_are_not_tokens_are_refused_with_or_without_padding():
+    class Positions(_Wrapper):
+        def forward(self, **batch):
+            self.inner.bert.encoder.layer[0].attention.self.query(torch.randn(1, 9, 16))
+            return self.inner(**batch)
+
+    batch = BERT.batch()
+    for mask in (batch["attention_mask"], torch.ones_like(batch["attention_mask"])):
+        with pytest.raises(jactus.JactusError, match=r"query got an input of shape \(1, 9, 16\)"):
+            calibrated(Positions(BERT.model()), [{**batch, "attention_mask": mask}])
+    with pytest.raises(jactus.JactusError, match="2-D"):
+        calibrated(BERT.model(), [{**batch, "attention_mask": batch["attention_mask"][:, None, None]}])
+
+
+def test_a_half_precision_loss_does_not_overflow():
+    model = BERT.model()
+
+    def loss(model, batch):
+        logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        return (1e4 * nn.functional.cross_entropy(logits, batch["labels"], reduction="none")).half()
+
+    assert torch.isfinite(
+        calibrated(model, BERT.batches(rows=16), SMALL, loss=loss).output_covariance("bert.pooler.dense")
+    ).all()

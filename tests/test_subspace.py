@@ -159,3 +159,12 @@ def test_coordinates_change_the_core_and_not_the_product(m, n, whiten):
         gram = B.T @ damped(S, 0.1) @ B  # white up to the one scale that makes columns of unit mean length
         assert torch.allclose(gram, gram[0, 0] * torch.eye(5, dtype=B.dtype), atol=1e-10 * float(gram[0, 0]))
         assert float(B.norm(dim=0).mean()) == pytest.approx(1)
+
+
+def test_task_directions_can_lead():
+    W, G, A, D = layer(12, 15)
+    found = made(W, G, A, D, 6)
+    (U, C, V), (U2, C2, V2) = found.factors(8, 0.25), found.factors(8, 0.25, task_first=True)
+    assert torch.allclose(U2[:, :2], U[:, 6:])
+    assert torch.allclose(V2[:, 2:], V[:, :6])
+    assert torch.allclose(U2 @ C2 @ V2.T, U @ C @ V.T)

@@ -213,3 +213,24 @@ def test_any_torch_module_has_targets():
     assert names(model) == ["0", "2"]
     with pytest.raises(JactusError, match="no module of Linear matches"):
         names(nn.Linear(8, 8))
+
+
+def test_a_layer_under_two_names_is_refused():
+    model = torch.nn.Module()
+    model.a = torch.nn.Linear(4, 4)
+    model.b = model.a
+    with pytest.raises(JactusError, match="a is also reachable as b"):
+        find_targets(model, SMALL)
+
+
+def test_a_wrapped_model_is_refused_and_the_one_inside_named():
+    model = BERT.model()
+    for wrapped in (torch.nn.DataParallel(model), torch.compile(model)):
+        with pytest.raises(JactusError, match="BertForSequenceClassification inside it"):
+            find_targets(wrapped, SMALL)
+
+
+def test_the_head_of_a_model_that_is_its_own_base_is_no_target():
+    model = torch.nn.Module()
+    model.layer, model.classifier = torch.nn.Linear(4, 4), torch.nn.Linear(4, 3)
+    assert list(find_targets(model, SMALL)) == ["layer"]
