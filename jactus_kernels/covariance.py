@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import device
-from .tiles import tile
+from .tiles import find_tile
 
 
 @triton.jit
@@ -120,7 +120,7 @@ def covariance_update_(S: Tensor, X: Tensor, mask: Tensor | None = None, alpha: 
     T, n = X.shape
     if T == 0 or n == 0:
         return
-    shape = tile("covariance", device.family(X), X.element_size())
+    shape = find_tile("covariance", device.family(X), X.element_size())
     side = -(-n // shape.cols)
     tiles = side * (side + 1) // 2
     slots = device.multiprocessors(X) * shape.blocks

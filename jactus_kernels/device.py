@@ -85,3 +85,8 @@ def _provide_descriptor_memory() -> None:
 def guard(x: Tensor) -> AbstractContextManager:
     """Launch on the tensor's own device."""
     return torch.cuda.device(_index(x))
+
+
+def unit_stride(x: Tensor) -> Tensor:
+    """x itself where one of its two strides is 1, else a contiguous copy: no kernel reads scattered elements."""
+    return x if 1 in x.stride() else x.contiguous()

@@ -17,7 +17,7 @@ SMALL = Tile(32, 32, 16, 4, 2, 1)  # several tiles and parts at sizes a sanitise
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(covariance, "tile", lambda *_: SMALL)
+    monkeypatch.setattr(covariance, "find_tile", lambda *_: SMALL)
 
 
 def check(X, mask=None, alpha=1.0, start=None):
