@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import device
 from .blocks import read, write
-from .plan import rank_block
+from .plan import rank_block, token_parts
 from .tiles import find_tile
 
 
@@ -92,10 +92,8 @@ def core_gradient(q: Tensor, h: Tensor) -> Tensor:
     if T == 0 or r == 0:
         return q.new_zeros((r, r))
     shape = find_tile("gram", device.family(q), q.element_size())
-    side, steps = triton.cdiv(r, shape.rows), triton.cdiv(T, shape.step)
-    parts = min(max(1, device.multiprocessors(q) * shape.blocks // side**2), max(1, steps // 8))
-    part_len = triton.cdiv(steps, parts) * shape.step
-    parts = triton.cdiv(T, part_len)
+    side = triton.cdiv(r, shape.rows)
+    parts, part_len = token_parts(T, shape, side**2, device.multiprocessors(q) * shape.blocks)
     workspace = q.new_empty((parts, r, r), dtype=torch.float32)
     with device.guard(q):
         gram_kernel[(side, side, parts)](

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import device
+from .plan import token_parts, triangle
 from .tiles import find_tile
 
 
@@ -121,14 +122,9 @@ def covariance_update_(S: Tensor, X: Tensor, mask: Tensor | None = None, alpha: 
     if T == 0 or n == 0:
         return
     shape = find_tile("covariance", device.family(X), X.element_size())
-    side = -(-n // shape.cols)
-    tiles = side * (side + 1) // 2
+    tiles = triangle(n, shape)
     slots = device.multiprocessors(X) * shape.blocks
-    steps = -(-T // shape.step)
-    # parts of at least 8 steps: a shorter one spends its time on the workspace
-    parts = min(max(1, slots // tiles), max(1, steps // 8))
-    part_len = -(-steps // parts) * shape.step
-    parts = -(-T // part_len)
+    parts, part_len = token_parts(T, shape, tiles, slots)
     out = S if parts == 1 else X.new_empty((parts, tiles, shape.cols, shape.cols), dtype=torch.float32)
     tma = mask is None and device.tma_readable(X)
     with device.guard(X):

@@ -24,14 +24,14 @@ def _index(x: Tensor) -> int:
     return torch.cuda.current_device() if x.device.index is None else x.device.index
 
 
-def find_family(x: Tensor) -> str | None:
+def find_family_of(index: int) -> str | None:
     """The GPU family the kernels are compiled and checked for, or None where there is no configuration."""
-    return _properties(_index(x))[0]
+    return _properties(index)[0]
 
 
 def family(x: Tensor) -> str:
-    """`find_family`, raising JactusError where there is none."""
-    found = find_family(x)
+    """`find_family_of` the tensor's device, raising JactusError where there is none."""
+    found = find_family_of(_index(x))
     if found is None:
         raise JactusError(
             f"no kernel configuration for {torch.cuda.get_device_name(_index(x))}; leave JACTUS_BACKEND at auto or "

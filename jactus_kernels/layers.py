@@ -1,15 +1,18 @@
 """The three-factor and folded layers from the Triton kernels: which launches make which operator.
 
-Same signatures as `reference`. Small ranks stay on chip, larger ones are tiled; `plan.launches` says the same without
-a GPU, and a test holds the two together.
+Same signatures as `reference`. Small ranks stay on chip; a product with nothing to fuse is the vendor library's, or
+the tiled kernel's when the Triton backend was asked for by name. `plan.triton_launches` says the same without a GPU,
+and a test holds the two together.
 """
 
+import torch
 from torch import Tensor
 
+from . import settings
 from .chain import chain
 from .core_gradient import core_gradient, projected_gradients
 from .decode import decode
-from .matmul import matmul
+from .matmul import matmul as tiled
 from .plan import fits_chain, fits_decode, fits_pair
 
 
@@ -61,3 +64,10 @@ def folded_linear(x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None = 
     if fits_chain(r, size):
         return chain(x, right.T, left.T, bias)[0]
     return matmul(matmul(x, right.T), left.T, bias)
+
+
+def matmul(A: Tensor, B: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A B + bias on every row, by the library or by the tiled kernel."""
+    if settings.current().backend == "triton":
+        return tiled(A, B, bias)
+    return A @ B if bias is None else torch.addmm(bias, A, B)

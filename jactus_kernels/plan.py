@@ -1,5 +1,6 @@
 """Which launches an operator makes, and the arithmetic and traffic of each: needs neither Triton nor a GPU."""
 
+import math
 from dataclasses import dataclass
 
 from .tiles import Tile, find_tile
@@ -9,6 +10,7 @@ CHAIN_RANK = {2: 256, 4: 128}
 PAIR_RANK = {2: 128, 4: 64}
 DECODE_RANK = {2: 256, 4: 128}
 DECODE_TOKENS = 16
+FULL = 1 << 20  # blocks enough for any device
 
 
 def fits_chain(r: int, itemsize: int) -> bool:
@@ -29,6 +31,18 @@ def fits_decode(T: int, r: int, itemsize: int, core: bool) -> bool:
 def rank_block(r: int) -> int:
     """The power of two, at least 64, that holds a rank kept on chip."""
     return max(64, 1 << (r - 1).bit_length())
+
+
+def token_parts(T: int, tile: Tile, tiles: int, slots: int) -> tuple[int, int]:
+    """Into how many parts a sum over T tokens is cut, and the tokens in one, to give `slots` resident blocks work.
+
+    A part costs the writing and reading of its tile in the workspace: on an H100 about as long as a tenth of
+    `tiles` steps of arithmetic, which makes √(10 steps / tiles) parts the best. Fewer than 8 steps are never worth it.
+    """
+    steps = -(-T // tile.step)
+    parts = max(1, min(slots // tiles, steps // 8, math.isqrt(10 * steps // tiles)))
+    part_len = -(-steps // parts) * tile.step
+    return -(-T // part_len), part_len
 
 
 @dataclass(frozen=True)
@@ -52,20 +66,14 @@ class Shape:
     itemsize: int = 2
 
 
-def dense(s: Shape) -> list[Launch]:
-    """The uncompressed layer, to compare with."""
-    return [_product("cuBLAS", s, s.T, s.m, s.n)]
-
-
 def torch_launches(op: str, s: Shape) -> list[Launch]:
     """What the same operator costs as plain torch: one cuBLAS product a line."""
     T, m, n, r = s.T, s.m, s.n, s.r
     inner, core, outer = ((T, r, n), (T, r, r), (T, m, r))
     if op == "covariance_update":
-        sums = [Launch("cuBLAS", 2.0 * T * n * n, 4 * (T * n + 2 * n * n), _blocks(n, n, Tile(128, 128, 64)))]
-        if s.itemsize < 4:  # equal accuracy needs a float32 copy of X: read it, write it
-            sums.insert(0, Launch("cast", 0.0, T * n * (s.itemsize + 4), 1 << 20))
-        return sums
+        # the product at the input's speed into a float32 temporary (torch.mm with out_dtype), then its addition to S
+        whole = 4 * n * n
+        return [_product("cuBLAS", s, n, n, T), Launch("torch", 0.0, 3 * whole, FULL)]
     products = {
         "core_linear": [inner, core, outer],
         "core_linear_train": [inner, core, outer],
@@ -75,15 +83,17 @@ def torch_launches(op: str, s: Shape) -> list[Launch]:
     return [_product("cuBLAS", s, *p) for p in products]
 
 
-def triton_launches(op: str, s: Shape, family: str) -> list[Launch]:
-    """The launches of `layers.py` and `covariance.py` for this shape."""
+def triton_launches(op: str, s: Shape, family: str, multiprocessors: int, library: bool) -> list[Launch]:
+    """The launches of `layers.py` and `covariance.py` for this shape; `library` leaves plain products to cuBLAS."""
     T, m, n, r, size = s.T, s.m, s.n, s.r, s.itemsize
 
     def matmul(rows: int, cols: int, k: int) -> Launch:
+        if library:
+            return _product("cuBLAS", s, rows, cols, k)
         return _product("matmul", s, rows, cols, k, find_tile("matmul", family, size))
 
     if op == "covariance_update":
-        return _covariance(s, family)
+        return _covariance(s, family, multiprocessors)
     backward = op == "core_linear_backward"
     if not backward and op != "core_linear_train" and fits_decode(T, r, size, core=op == "core_linear"):
         core = r * r if op == "core_linear" else 0
@@ -98,7 +108,11 @@ def triton_launches(op: str, s: Shape, family: str) -> list[Launch]:
         rows = find_tile(f"pair {rank_block(r)}", family, size).rows
         traffic = size * (T * k + k * r + 2 * T * r + r * r)
         flops = 2.0 * T * r * (k + 2 * r)
-        return [Launch("pair", flops, traffic, -(-T // rows)), Launch("sum", 0, 4 * r * r, 8), matmul(T, out, r)]
+        return [
+            Launch("pair", flops, traffic, -(-T // rows)),
+            Launch("sum parts", 0.0, 4 * r * r, 8),
+            matmul(T, out, r),
+        ]
     if fits_chain(r, size):
         rows = find_tile(f"chain {rank_block(r)}", family, size).rows
         kept = T * r if op in ("core_linear_train", "core_linear_backward") else 0
@@ -111,24 +125,36 @@ def triton_launches(op: str, s: Shape, family: str) -> list[Launch]:
         made = [matmul(T, r, k), matmul(T, width, r)] + ([] if op == "folded_linear" else [matmul(T, out, r)])
     if backward:
         gram = _product("gram", s, r, r, T)
-        made += [Launch("gram", gram.flops, gram.bytes, 1 << 20), Launch("sum", 0, 4 * r * r, 8)]
+        made += [Launch("gram", gram.flops, gram.bytes, FULL), Launch("sum parts", 0.0, 4 * r * r, 8)]
     return made
 
 
 def _product(kernel: str, s: Shape, rows: int, cols: int, k: int, tile: Tile | None = None) -> Launch:
     traffic = s.itemsize * (rows * k + k * cols + rows * cols)
     # cuBLAS picks its own tile and splits a long sum, so its blocks never run short
-    return Launch(kernel, 2.0 * rows * cols * k, traffic, _blocks(rows, cols, tile) if tile else 1 << 20)
+    return Launch(kernel, 2.0 * rows * cols * k, traffic, _blocks(rows, cols, tile) if tile else FULL)
 
 
-def _covariance(s: Shape, family: str) -> list[Launch]:
+def _covariance(s: Shape, family: str, multiprocessors: int) -> list[Launch]:
     T, n = s.T, s.n
     tile = find_tile("covariance", family, s.itemsize)
+    tiles = triangle(n, tile)
+    parts, _ = token_parts(max(T, 1), tile, tiles, multiprocessors * tile.blocks)
+    area = tiles * tile.cols**2
+    read, sums = s.itemsize * T * n, 2 * 4 * area  # S is read and written
+    if parts == 1:
+        return [Launch("covariance", 2.0 * T * area, read + sums, tiles)]
+    workspace = 4 * parts * area
+    return [
+        Launch("covariance", 2.0 * T * area, read + workspace, tiles * parts),
+        Launch("covariance reduce", 0.0, workspace + sums, 8 * tiles),
+    ]
+
+
+def triangle(n: int, tile: Tile) -> int:
+    """Tiles in the lower triangle of an n × n matrix."""
     side = -(-n // tile.cols)
-    tiles = side * (side + 1) // 2
-    parts = max(1, -(-T // tile.step) // 8)
-    flops = 2.0 * T * tiles * tile.cols**2
-    return [Launch("covariance", flops, s.itemsize * T * n + 4 * n * n, tiles * parts)]
+    return side * (side + 1) // 2
 
 
 def _blocks(rows: int, cols: int, tile: Tile) -> int:

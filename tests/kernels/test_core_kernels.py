@@ -9,7 +9,7 @@ from jactus_kernels.tiles import Tile
 from .conftest import relative
 
 pytest.importorskip("triton")
-from jactus_kernels import chain, core_gradient, decode, layers, matmul  # noqa: E402
+from jactus_kernels import chain, core_gradient, decode, layers, matmul
 
 pytestmark = pytest.mark.kernel
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -67,7 +67,7 @@ def test_shipped_tiles(randn, dtype):
 @pytest.mark.parametrize("T,m,n,r", [(40, 50, 70, 17), (1, 8, 8, 1), (33, 12, 130, 64), (50, 36, 20, 100)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_chain_keeps_the_inner_product(randn, small_tiles, T, m, n, r, dtype):
-    x, U, C, V, b = layer(randn, T, m, n, r, dtype)
+    x, U, _, V, b = layer(randn, T, m, n, r, dtype)
     h_exact = x.double() @ V.double()
     outer, inner = chain.chain(x, V, U.T, b, keep=True)
     assert_as_good_as_torch(inner, x @ V, h_exact)
