@@ -106,13 +106,10 @@ def triton_launches(op: str, s: Shape, family: str, multiprocessors: int, librar
     width = m if op == "folded_linear" else r
     if backward and fits_pair(r, size):
         rows = find_tile(f"pair {rank_block(r)}", family, size).rows
-        traffic = size * (T * k + k * r + 2 * T * r + r * r)
-        flops = 2.0 * T * r * (k + 2 * r)
-        return [
-            Launch("pair", flops, traffic, -(-T // rows)),
-            Launch("sum parts", 0.0, 4 * r * r, 8),
-            matmul(T, out, r),
-        ]
+        blocks = min(-(-T // rows), multiprocessors)
+        traffic = size * (T * k + k * r + 2 * T * r + r * r) + 4 * blocks * r * r
+        pair = Launch("pair", 2.0 * T * r * (k + 2 * r), traffic, blocks)
+        return [pair, _sum_parts(r, blocks), matmul(T, out, r)]
     if fits_chain(r, size):
         rows = find_tile(f"chain {rank_block(r)}", family, size).rows
         kept = T * r if op in ("core_linear_train", "core_linear_backward") else 0
@@ -124,9 +121,16 @@ def triton_launches(op: str, s: Shape, family: str, multiprocessors: int, librar
     else:
         made = [matmul(T, r, k), matmul(T, width, r)] + ([] if op == "folded_linear" else [matmul(T, out, r)])
     if backward:
-        gram = _product("gram", s, r, r, T)
-        made += [Launch("gram", gram.flops, gram.bytes, FULL), Launch("sum parts", 0.0, 4 * r * r, 8)]
+        tile = find_tile("gram", family, size)
+        tiles = (-(-r // tile.rows)) ** 2
+        parts, _ = token_parts(max(T, 1), tile, tiles, multiprocessors * tile.blocks)
+        made.append(Launch("gram", 2.0 * T * r * r, 2 * size * T * r + 4 * parts * r * r, tiles * parts))
+        made.append(_sum_parts(r, parts))
     return made
+
+
+def _sum_parts(r: int, parts: int) -> Launch:
+    return Launch("sum parts", 0.0, 4 * (parts + 1) * r * r, -(-r * r // 1024))
 
 
 def _product(kernel: str, s: Shape, rows: int, cols: int, k: int, tile: Tile | None = None) -> Launch:

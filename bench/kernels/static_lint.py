@@ -9,8 +9,11 @@ claims. Nothing is run, and no time but the compiler's own is measured.
 
 import argparse
 import csv
+import os
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from itertools import product
 from pathlib import Path
 
 import triton
@@ -40,31 +43,47 @@ def judge(v: Variant, found: Facts) -> list[str]:
     return wrong
 
 
+def examine(group: tuple[str, str, str]) -> list[tuple]:
+    """The table's rows for one family, dtype and part of a name."""
+    family, dtype, only = group
+    rows = []
+    for v in variants(family, dtype):
+        if only not in v.name:
+            continue
+        found, verdict = _facts(v)
+        figures = (getattr(found, name) for name in COLUMNS[5:-1])
+        rows.append((v.name, family, dtype, v.warps, v.stages, *figures, verdict))
+    return rows
+
+
+def _facts(v: Variant) -> tuple[Facts, str]:
+    try:
+        found = facts(v, compile_variant(v))
+    except Exception as error:  # a compiler error is a verdict on this row, and the others still count
+        return Facts(0, 0, 0, 0, 0, 0), f"does not compile: {str(error).strip().splitlines()[0][:80]}"
+    return found, "; ".join(judge(v, found)) or "ok"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="kernels whose name contains this")
     parser.add_argument("--family", choices=FAMILIES, help="one GPU family")
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="one input dtype")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers at a time")
     parser.add_argument("--out", type=Path, help="also write the table as CSV")
     args = parser.parse_args()
-    rows, failed, begun = [], 0, time.time()
+    begun, rows = time.time(), []
+    groups = product([args.family] if args.family else FAMILIES, [args.dtype] if args.dtype else DTYPES, [args.only])
     print(f"Triton {triton.__version__}, ahead of time, no GPU")
-    print(f"{'kernel':30} {'family':7} {'dtype':5} {'warps':>5} {'stages':>6} {'regs':>5} {'spills':>6} {'shared':>7} "
-          f"{'blocks':>6} {'mma':>5} {'wide':>5}  verdict")  # fmt: skip
-    for family in [args.family] if args.family else FAMILIES:
-        for dtype in [args.dtype] if args.dtype else DTYPES:
-            for v in variants(family, dtype):
-                if args.only not in v.name:
-                    continue
-                found, verdict = _examine(v)
-                failed += verdict != "ok"
-                print(f"{v.name:30} {family:7} {dtype:5} {v.warps:5} {v.stages:6} {found.registers:5} "
-                      f"{found.spills:6} {found.shared:7} {found.blocks:6} {found.tensor_core:5} "
-                      f"{found.wide_loads:5}  {verdict}", flush=True)  # fmt: skip
-                rows.append((v.name, family, dtype, v.warps, v.stages, found.registers, found.spills, found.shared,
-                             found.blocks, found.tensor_core, found.wide_loads, verdict))  # fmt: skip
+    print(_line(COLUMNS))
+    with ProcessPoolExecutor(args.jobs) as pool:
+        for found in pool.map(examine, groups):
+            rows += found
+            print("\n".join(map(_line, found)), flush=True)
+    failed = sum(row[-1] != "ok" for row in rows)
     print(f"{len(rows)} configurations in {time.time() - begun:.0f} s, {failed} refused")
     if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
         with args.out.open("w", newline="") as file:
             write = csv.writer(file, lineterminator="\n").writerow
             write(("triton", *COLUMNS))
@@ -73,12 +92,8 @@ def main() -> int:
     return 1 if failed else 0
 
 
-def _examine(v: Variant) -> tuple[Facts, str]:
-    try:
-        found = facts(v, compile_variant(v))
-    except Exception as error:  # a compiler error is a verdict on this row, and the others still count
-        return Facts(0, 0, 0, 0, 0, 0), f"does not compile: {str(error).strip().splitlines()[0][:80]}"
-    return found, "; ".join(judge(v, found)) or "ok"
+def _line(row: tuple) -> str:
+    return f"{row[0]:30} {row[1]:7} {row[2]:5} " + " ".join(f"{x!s:>11}" for x in row[3:-1]) + f"  {row[-1]}"
 
 
 if __name__ == "__main__":

@@ -150,3 +150,22 @@ def test_padding_a_rank_changes_nothing_and_trains_to_zero():
     assert gradient[:19, :19].any()
     assert not gradient[19:].any()
     assert not gradient[:, 19:].any()
+
+
+def test_three_tf32_products_are_as_accurate_as_float32():
+    """Why "auto" makes float32 products of three TF32 ones: the error of the scheme itself, emulated bit by bit."""
+
+    def tf32(x):
+        return (x.view(torch.int32) & ~0x1FFF).view(torch.float32)  # ten bits of mantissa, as the tensor core reads
+
+    torch.manual_seed(0)
+    A, B = torch.randn(300, 1000), torch.randn(1000, 200)
+    exact = A.double() @ B.double()
+    (A_hi, B_hi), one = (tf32(A), tf32(B)), tf32(A) @ tf32(B)
+    three = tf32(A - A_hi) @ B_hi + A_hi @ tf32(B - B_hi) + one
+
+    def error(x):
+        return ((x.double() - exact).norm() / exact.norm()).item()
+
+    assert error(three) <= 2 * error(A @ B)
+    assert error(one) > 1e-4
