@@ -28,3 +28,17 @@ def add_bias(b, p_bias, col, cols, C: tl.constexpr):
     """b (R, C) plus the bias of columns col … col + C."""
     o_c = col + tl.arange(0, C)
     return b + tl.load(p_bias + o_c, mask=o_c < cols, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def sum_parts(p_parts, o, stride, parts, m, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr):
+    """Σ over parts of the elements at offsets o (BLOCK,) where m, in an order that depends on `parts` alone.
+
+    AT_ONCE parts are read together: one by one, a long sum would wait for memory once a part.
+    """
+    b = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, parts, AT_ONCE):
+        o_s = first + tl.arange(0, AT_ONCE)
+        p = p_parts + o_s.to(tl.int64)[:, None] * stride + o[None, :]
+        b += tl.sum(tl.load(p, mask=(o_s < parts)[:, None] & m[None, :], other=0.0), axis=0)
+    return b

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import device
-from .blocks import read, write
+from .blocks import read, sum_parts, write
 from .plan import rank_block, token_parts
 from .tiles import find_tile
 
@@ -75,14 +75,10 @@ def pair_kernel(
 
 
 @triton.jit
-def sum_parts_kernel(p_parts, p_out, size, parts, BLOCK: tl.constexpr):
-    """out = Σ parts, first part first, rounded once to out's dtype."""
+def sum_parts_kernel(p_parts, p_out, size, parts, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr):
+    """out = Σ parts, rounded once to out's dtype."""
     o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    p_part = p_parts + o
-    b = tl.zeros([BLOCK], tl.float32)
-    for _ in range(parts):
-        b += tl.load(p_part, mask=o < size, other=0.0)
-        p_part += size
+    b = sum_parts(p_parts, o, size, parts, o < size, BLOCK, AT_ONCE)
     tl.store(p_out + o, b.to(p_out.dtype.element_ty), mask=o < size)
 
 
@@ -124,5 +120,5 @@ def projected_gradients(g: Tensor, h: Tensor, U: Tensor, C: Tensor) -> tuple[Ten
 
 def _sum(parts: Tensor, out: Tensor) -> Tensor:
     size = out.numel()
-    sum_parts_kernel[(triton.cdiv(size, 1024),)](parts, out, size, parts.shape[0], BLOCK=1024, num_warps=4)
+    sum_parts_kernel[(triton.cdiv(size, 256),)](parts, out, size, parts.shape[0], BLOCK=256, AT_ONCE=16, num_warps=4)
     return out

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import device
+from .blocks import sum_parts
 from .plan import token_parts, triangle
 from .tiles import find_tile
 
@@ -100,20 +101,19 @@ def covariance_kernel(
 
 
 @triton.jit
-def covariance_reduce_kernel(p_parts, p_s, n, alpha, tiles, parts, BN: tl.constexpr, BR: tl.constexpr):
-    """S tile += α · Σ parts, first part first: a fixed order, unlike atomics."""
+def covariance_reduce_kernel(
+    p_parts, p_s, n, alpha, tiles, parts, BN: tl.constexpr, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr
+):
+    """S tile += α · Σ parts, in a fixed order, unlike atomics; BLOCK of a tile's elements a program."""
     tile_id = tl.program_id(0)
     row, col = lower_tile(tile_id)
-    o_r = tl.program_id(1) * BR + tl.arange(0, BR)  # [BR] rows of this tile
-    o_c = tl.arange(0, BN)
-    p_part = p_parts + tile_id.to(tl.int64) * (BN * BN) + o_r[:, None] * BN + o_c[None, :]
-    b_s = tl.zeros([BR, BN], tl.float32)
-    for _ in range(parts):
-        b_s += tl.load(p_part)
-        p_part += tiles.to(tl.int64) * (BN * BN)
-    p_s = p_s + row.to(tl.int64) * BN * n + o_r[:, None] * n + (col * BN + o_c)[None, :]
-    m_s = (row * BN + o_r < n)[:, None] & (col * BN + o_c < n)[None, :]
-    tl.store(p_s, tl.load(p_s, mask=m_s, other=0.0) + alpha * b_s, mask=m_s)
+    o = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK] offsets within the tile
+    o_i, o_j = row * BN + o // BN, col * BN + o % BN
+    m = (o_i < n) & (o_j < n)
+    p_tile = p_parts + tile_id.to(tl.int64) * (BN * BN)
+    b_s = sum_parts(p_tile, o, tiles * (BN * BN), parts, m, BLOCK, AT_ONCE)
+    p_s += o_i.to(tl.int64) * n + o_j
+    tl.store(p_s, tl.load(p_s, mask=m, other=0.0) + alpha * b_s, mask=m)
 
 
 def covariance_update_(S: Tensor, X: Tensor, mask: Tensor | None = None, alpha: float = 1.0) -> None:
@@ -134,6 +134,6 @@ def covariance_update_(S: Tensor, X: Tensor, mask: Tensor | None = None, alpha: 
             BT=shape.step, num_warps=shape.warps, num_stages=shape.stages,
         )  # fmt: skip
         if parts > 1:
-            covariance_reduce_kernel[(tiles, shape.cols // 16)](
-                out, S, n, alpha, tiles, parts, BN=shape.cols, BR=16, num_warps=4
+            covariance_reduce_kernel[(tiles, shape.cols**2 // 256)](
+                out, S, n, alpha, tiles, parts, BN=shape.cols, BLOCK=256, AT_ONCE=16, num_warps=4
             )

@@ -52,7 +52,7 @@ def core_linear_backward(
         if need_x:
             g_x = matmul(matmul(q, C), V.T)
     if need_C:
-        g_C = core_gradient(q, h)
+        g_C = core_gradient(q, h) if settings.current().backend == "triton" else q.T @ h
     return g_x, g_C
 
 

@@ -120,7 +120,9 @@ def triton_launches(op: str, s: Shape, family: str, multiprocessors: int, librar
         made.append(matmul(T, out, r))
     else:
         made = [matmul(T, r, k), matmul(T, width, r)] + ([] if op == "folded_linear" else [matmul(T, out, r)])
-    if backward:
+    if backward and library:
+        made.append(_product("cuBLAS", s, r, r, T))
+    elif backward:
         tile = find_tile("gram", family, size)
         tiles = (-(-r // tile.rows)) ** 2
         parts, _ = token_parts(max(T, 1), tile, tiles, multiprocessors * tile.blocks)
@@ -130,7 +132,7 @@ def triton_launches(op: str, s: Shape, family: str, multiprocessors: int, librar
 
 
 def _sum_parts(r: int, parts: int) -> Launch:
-    return Launch("sum parts", 0.0, 4 * (parts + 1) * r * r, -(-r * r // 1024))
+    return Launch("sum parts", 0.0, 4 * (parts + 1) * r * r, -(-r * r // 256))
 
 
 def _product(kernel: str, s: Shape, rows: int, cols: int, k: int, tile: Tile | None = None) -> Launch:
@@ -151,7 +153,7 @@ def _covariance(s: Shape, family: str, multiprocessors: int) -> list[Launch]:
     workspace = 4 * parts * area
     return [
         Launch("covariance", 2.0 * T * area, read + workspace, tiles * parts),
-        Launch("covariance reduce", 0.0, workspace + sums, 8 * tiles),
+        Launch("covariance reduce", 0.0, workspace + sums, 64 * tiles),
     ]
 
 

@@ -49,7 +49,7 @@ def _covariance(family: str, dtype: str, precision: str) -> Iterator[Variant]:
             given["blocks"] = shape.blocks
             yield _variant(label, covariance.covariance_kernel, family, dtype, shape, constants, **given)
     given = {"p_parts": "*fp32", "p_s": "*fp32", "alpha": "fp32", "unaligned": ("tiles", "parts"), "matmul": False}
-    constants = {"BN": shape.cols, "BR": 16}
+    constants = {"BN": shape.cols, "BLOCK": 256, "AT_ONCE": 16}
     reduce = Tile(0, 0, 0, 4, 3)
     if dtype == "fp32":
         yield _variant("covariance reduce", covariance.covariance_reduce_kernel, family, dtype, reduce, constants,
@@ -106,7 +106,7 @@ def _core_gradient(family: str, dtype: str, precision: str) -> Iterator[Variant]
         yield _variant(f"pair {R} q, p, gC", kernel, family, dtype, shape, constants, **given)
     kernel, shape = core_gradient.sum_parts_kernel, Tile(0, 0, 0, 4, 3)
     given = {"p_parts": "*fp32", "p_out": f"*{dtype}", "unaligned": ("parts",), "matmul": False}
-    yield _variant("sum of parts", kernel, family, dtype, shape, {"BLOCK": 1024}, **given)
+    yield _variant("sum of parts", kernel, family, dtype, shape, {"BLOCK": 256, "AT_ONCE": 16}, **given)
 
 
 def _decode(family: str, dtype: str, precision: str) -> Iterator[Variant]:

@@ -62,6 +62,13 @@ def test_auto_leaves_plain_products_to_the_library(randn, launched, monkeypatch)
     assert launched == ["chain"]
     exact = reference.core_linear(*doubled((x, U, C, V, b)))
     assert_as_good_as_torch(y, reference.core_linear(x, U, C, V, b), exact)
+    _, U, C, V, _ = layer(randn, 20, 16, 24, 144, torch.bfloat16)
+    back = (x @ V @ U.T, x @ V, U, C, V)
+    ours = cuda.core_linear_backward(*back, True, True)
+    assert launched == ["chain", "chain"]
+    torchs = reference.core_linear_backward(*back, True, True)
+    for mine, same, true in zip(ours, torchs, reference.core_linear_backward(*doubled(back), True, True)):
+        assert_as_good_as_torch(mine, same, true)
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
