@@ -30,6 +30,7 @@ lint: $(VENV)/.ready
 # patch the same modules. Triton versions live in folders of their own, beside the environment that has torch.
 KERNELS := .venv-kernels
 TRITONS := 3.8.0 3.6.0
+JOBS ?= $(shell nproc)
 SANITISER := PYTHONPATH=$(KERNELS)/triton-3.8.0:$(KERNELS)/ttsem $(PY)
 
 $(KERNELS)/.ready: $(VENV)/.ready
@@ -40,8 +41,8 @@ $(KERNELS)/.ready: $(VENV)/.ready
 
 kernels-check: $(KERNELS)/.ready
 	$(SANITISER) -m ttsem.sanitize pytest tests/kernels -m kernel
-	$(SANITISER) tests/kernels/planted_faults.py
-	for v in $(TRITONS); do PYTHONPATH=$(KERNELS)/triton-$$v $(PY) -m bench.kernels.static_lint \
+	$(SANITISER) tests/kernels/planted_faults.py $(JOBS)
+	for v in $(TRITONS); do PYTHONPATH=$(KERNELS)/triton-$$v $(PY) -m bench.kernels.static_lint --jobs $(JOBS) \
 	  --out bench/results/kernels-static-triton-$$v.csv || exit 1; done
 	$(PY) -m bench.kernels.roofline_table --out bench/results/kernels-roofline.csv
 	$(PY) -m pytest bench/kernels --benchmark-disable

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +32,7 @@ class Fault:
 
 
 COVARIANCE, CORE = "tests/kernels/test_covariance_kernel.py", "tests/kernels/test_core_kernels.py"
+DISPATCH = "tests/kernels/test_dispatch.py"
 FAULTS = (
     Fault("covariance: the mask is ignored", "covariance.py", "mask=m_t, other=0) != 0", "mask=m_t, other=0) >= 0",
           f"{COVARIANCE} -k never_read", VALUES),
@@ -67,6 +69,10 @@ FAULTS = (
           f"{CORE} -k decode", READ),
     Fault("every kernel: stores one column too many", "blocks.py", "(col + o_c < cols)[None, :]\n    tl.store",
           "(col + o_c <= cols)[None, :]\n    tl.store", f"{CORE} -k matmul", f"{WRITE}|{RACE}"),
+    Fault("dispatch: masked rows reach torch's sum", "cuda.py", "X = X.masked_fill(~mask[:, None], 0)", "pass",
+          f"{DISPATCH} -k either", VALUES),
+    Fault("dispatch: the fused backward is forgotten", "layers.py", "fits_pair(r, size):", "False:",
+          f"{DISPATCH} -k planned", r"assert \["),
 )  # fmt: skip
 
 
@@ -93,16 +99,12 @@ def caught(fault: Fault) -> tuple[bool, str]:
 
 
 def main() -> int:
-    missed = 0
-    for fault in FAULTS:
-        begun = time.time()
-        noticed, line = caught(fault)
-        missed += not noticed
-        print(
-            f"{'caught' if noticed else 'MISSED':6} {time.time() - begun:4.0f} s  {fault.what}\n         {line[:150]}",
-            flush=True,
-        )
-    print(f"{len(FAULTS) - missed} of {len(FAULTS)} planted faults caught")
+    missed, begun = 0, time.time()
+    with ThreadPoolExecutor(int(sys.argv[1]) if sys.argv[1:] else os.cpu_count()) as pool:
+        for fault, (noticed, line) in zip(FAULTS, pool.map(caught, FAULTS)):
+            missed += not noticed
+            print(f"{'caught' if noticed else 'MISSED':8}{fault.what}\n          {line[:150]}", flush=True)
+    print(f"{len(FAULTS) - missed} of {len(FAULTS)} planted faults caught in {time.time() - begun:.0f} s")
     return 1 if missed else 0
 
 
