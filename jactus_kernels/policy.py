@@ -88,13 +88,13 @@ def decide(
         return Decision(op, "torch", "JACTUS_BACKEND or use(backend=...) says so")
     gpu, lacking = find_gpu(name, family), _lacking(dtype, name, family)
     if lacking or gpu is None or family is None:
-        if asked.backend == "triton":
-            raise JactusError(f"{op}: backend triton was asked for, but {lacking}; use auto or torch")
+        if asked.backend != "auto":
+            raise JactusError(f"{op}: backend {asked.backend} was asked for, but {lacking}; use auto or torch")
         return Decision(op, "torch", lacking)
     half = "half" if shape.itemsize == 2 else "fp32"
     precision = resolve_precision(asked.fp32, family)
     ours, theirs = (
-        tuple(triton_launches(op, shape, family, gpu.multiprocessors, library=asked.backend == "auto")),
+        tuple(triton_launches(op, shape, family, gpu.multiprocessors, library=asked.backend != "triton")),
         torch_launches(op, shape),
     )
     torch_precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
@@ -102,7 +102,7 @@ def decide(
     triton_scale, torch_scale, where = _corrections(op, shape, half, name)
     triton_us, torch_us = triton_us * triton_scale, torch_us * torch_scale
     least = min(floor(ours, gpu, half, precision), floor(theirs, gpu, half, torch_precision))
-    if asked.backend == "triton":
+    if asked.backend != "auto":
         backend, reason = "triton", "JACTUS_BACKEND or use(backend=...) says so"
     else:
         backend = "triton" if triton_us < MARGIN * torch_us else "torch"

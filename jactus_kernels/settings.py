@@ -10,13 +10,17 @@ from dataclasses import dataclass, replace
 
 from .errors import JactusError
 
-BACKENDS = ("auto", "triton", "torch")
+BACKENDS = ("auto", "fused", "triton", "torch")
 PRECISIONS = ("auto", "ieee", "tf32x3", "tf32")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """backend: auto (the policy decides per shape), triton, or torch; fp32: auto, ieee, tf32x3 or tf32.
+    """backend: auto, fused, triton or torch; fp32: auto, ieee, tf32x3 or tf32.
+
+    "fused" runs the Triton kernels wherever they fuse something and the vendor's library for the products that are
+    left; "triton" runs those too by a kernel; "torch" runs no kernel; "auto" lets the policy choose between fused and
+    torch for every shape.
 
     fp32 "auto" is the fastest mode that is as accurate as float32: three TF32 products on NVIDIA, plain float32 on
     AMD. "tf32" is faster and makes errors of about 1e-3. It only concerns Triton kernels on float32 inputs.

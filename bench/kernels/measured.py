@@ -75,7 +75,7 @@ def policy_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for name in (WORK[op], "folded_linear") if op == "forward" else (WORK[op],):
             ours, *others = BASELINES[name]
             theirs = [times[o] for o in others if o in times]
-            with jk.use(backend="triton"):
+            with jk.use(backend="fused"):
                 predicted = _prediction(name, Shape(T, m, n, r, size), dtype, device)
             if ours not in times or not theirs or predicted is None or predicted.triton_us is None:
                 continue

@@ -60,7 +60,7 @@ FORWARD = ["three products", "jactus", "dense", "two products", "jactus folded"]
 @pytest.fixture(autouse=True)
 def kernels_on_gpu():
     """On a GPU, time the kernels themselves, not what the policy would have chosen."""
-    with jk.use(backend="triton" if cases.ON_GPU else "auto"):
+    with jk.use(backend="fused" if cases.ON_GPU else "auto"):
         yield
 
 

@@ -11,7 +11,7 @@ from .test_core_kernels import assert_as_good_as_torch, doubled, layer
 
 REAL = torch.cuda.is_available() and (torch.version.cuda or torch.version.hip)
 pytestmark = pytest.mark.skipif(not REAL, reason="needs a GPU")
-BACKENDS = pytest.mark.parametrize("backend", ["triton", "torch", "auto"])
+BACKENDS = pytest.mark.parametrize("backend", ["fused", "triton", "torch", "auto"])
 
 
 @BACKENDS

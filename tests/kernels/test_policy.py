@@ -56,6 +56,10 @@ def test_the_user_decides(monkeypatch):
             assert "says so" in jk.explain("core_linear", **shape).reason
         assert settings.current().backend == "triton"
     assert settings.current().backend == "auto"
+    with jk.use(backend="fused"):
+        fused = jk.explain("core_linear", T=2048, r=128, **LAYER)
+    assert fused.backend == "triton"
+    assert [launch.kernel for launch in fused.launches] == ["chain", "cuBLAS"]
     monkeypatch.setenv("JACTUS_BACKEND", "triton")
     assert jk.explain("core_linear", **shape).backend == "triton"
 
