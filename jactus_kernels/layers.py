@@ -39,9 +39,9 @@ def core_linear_backward(
     g: Tensor, h: Tensor, U: Tensor, C: Tensor, V: Tensor, need_x: bool, need_C: bool
 ) -> tuple[Tensor, Tensor]:
     """q = g U, g_C = qᵀ h, g_x = (q C) Vᵀ; a gradient that is not needed comes back with no elements."""
-    r, size = C.shape[0], g.element_size()
+    T, r, size = g.shape[0], C.shape[0], g.element_size()
     g_x, g_C = g.new_empty(0), g.new_empty(0)
-    if need_x and need_C and fits_pair(r, size):
+    if need_x and need_C and fits_pair(T, r, size):
         p, g_C = projected_gradients(g, h, U, C)
         return matmul(p, V.T), g_C
     if need_x and fits_chain(r, size):

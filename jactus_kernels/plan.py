@@ -10,6 +10,7 @@ CHAIN_RANK = {2: 256, 4: 128}
 PAIR_RANK = {2: 128, 4: 64}
 DECODE_RANK = {2: 256, 4: 128}
 DECODE_TOKENS = 16
+PAIR_TOKENS = 32768  # from the roofline model: below, storing q costs less than one r × r sum a block
 FULL = 1 << 20  # blocks enough for any device
 
 
@@ -18,9 +19,9 @@ def fits_chain(r: int, itemsize: int) -> bool:
     return r <= CHAIN_RANK[itemsize]
 
 
-def fits_pair(r: int, itemsize: int) -> bool:
-    """Whether q = g U, (g U) C and g_C run in one launch."""
-    return r <= PAIR_RANK[itemsize]
+def fits_pair(T: int, r: int, itemsize: int) -> bool:
+    """Whether q = g U, (g U) C and g_C run in one launch: from the tokens on that pay for its r × r workspace."""
+    return T >= PAIR_TOKENS and r <= PAIR_RANK[itemsize]
 
 
 def fits_decode(T: int, r: int, itemsize: int, core: bool) -> bool:
@@ -104,7 +105,7 @@ def triton_launches(op: str, s: Shape, family: str, multiprocessors: int, librar
         ]
     k, out = (m, n) if backward else (n, m)
     width = m if op == "folded_linear" else r
-    if backward and fits_pair(r, size):
+    if backward and fits_pair(T, r, size):
         rows = find_tile(f"pair {rank_block(r)}", family, size).rows
         blocks = min(-(-T // rows), multiprocessors)
         traffic = size * (T * k + k * r + 2 * T * r + r * r) + 4 * blocks * r * r

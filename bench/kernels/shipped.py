@@ -19,7 +19,7 @@ def _types(kernel: Any, constants: dict, **given: str) -> dict[str, str]:
     return {name: given.get(name, "i32") for name in kernel.arg_names if name not in constants}
 
 
-def _variant(name: str, kernel: Any, family: str, dtype: str, shape: Tile, constants: dict, **given) -> Variant:
+def _variant(name: str, kernel: Any, family: str, dtype: str, shape: Tile, constants: dict, **given: Any) -> Variant:
     extra = {key: given.pop(key) for key in ("unaligned", "matmul", "blocks") if key in given}
     types = _types(kernel, constants, **given)
     return Variant(name, kernel, family, dtype, types, constants, shape.warps, shape.stages, **extra)
@@ -42,10 +42,10 @@ def _covariance(family: str, dtype: str, precision: str) -> Iterator[Variant]:
     reads += [("pointer", False, False), ("masked", False, True)]
     for split in (False, True):
         for name, tma, masked in reads:
-            constants = {"MASKED": masked, "SPLIT": split, "TMA": tma, "PRECISION": precision}
+            constants: dict[str, Any] = {"MASKED": masked, "SPLIT": split, "TMA": tma, "PRECISION": precision}
             constants |= {"BN": shape.cols, "BT": shape.step}
             label = f"covariance {name}{' split' if split else ''}"
-            given = {**pointers, "p_out": "*fp32", "unaligned": ("tiles", "parts")}
+            given: dict[str, Any] = {**pointers, "p_out": "*fp32", "unaligned": ("tiles", "parts")}
             given["blocks"] = shape.blocks
             yield _variant(label, covariance.covariance_kernel, family, dtype, shape, constants, **given)
     given = {"p_parts": "*fp32", "p_s": "*fp32", "alpha": "fp32", "unaligned": ("tiles", "parts"), "matmul": False}
@@ -56,7 +56,7 @@ def _covariance(family: str, dtype: str, precision: str) -> Iterator[Variant]:
                        **given)  # fmt: skip
 
 
-def _pointers(kernel: Any, dtype: str) -> dict[str, str]:
+def _pointers(kernel: Any, dtype: str) -> dict[str, Any]:
     return {name: f"*{dtype}" for name in kernel.arg_names if name.startswith("p_")}
 
 
@@ -64,7 +64,7 @@ def _matmul(family: str, dtype: str, precision: str) -> Iterator[Variant]:
     shape, kernel = find_tile("matmul", family, DTYPES[dtype]), matmul.matmul_kernel
     for tma in (False, True) if family in ("sm_90", "sm_100") else (False,):
         for k_major in (True, False):
-            constants = {"BIAS": k_major, "TMA": tma, "K_MAJOR": k_major, "PRECISION": precision}
+            constants: dict[str, Any] = {"BIAS": k_major, "TMA": tma, "K_MAJOR": k_major, "PRECISION": precision}
             constants |= {"BM": shape.rows, "BN": shape.cols, "BK": shape.step, "GROUP": 8}
             unit = {"a_stride_k": "=1", "b_stride_k" if k_major else "b_stride_n": "=1"}
             label = f"matmul {'tma' if tma else 'pointer'} {'A Bt + bias' if k_major else 'A B'}"
@@ -84,7 +84,13 @@ def _chain(family: str, dtype: str, precision: str) -> Iterator[Variant]:
             continue
         shape = find_tile(f"chain {R}", family, DTYPES[dtype])
         for label, (bias, keep, unit_b, unit_k) in uses.items():
-            constants = {"BIAS": bias, "KEEP": keep, "PRECISION": precision, "BT": shape.rows, "BK": shape.step}
+            constants: dict[str, Any] = {
+                "BIAS": bias,
+                "KEEP": keep,
+                "PRECISION": precision,
+                "BT": shape.rows,
+                "BK": shape.step,
+            }
             constants |= {"R": R, "BW": shape.cols}
             unit = {"a_stride_k": "=1", unit_b: "=1", unit_k: "=1"}
             pointers = _pointers(kernel, dtype)
@@ -93,7 +99,7 @@ def _chain(family: str, dtype: str, precision: str) -> Iterator[Variant]:
 
 def _core_gradient(family: str, dtype: str, precision: str) -> Iterator[Variant]:
     shape, kernel = find_tile("gram", family, DTYPES[dtype]), core_gradient.gram_kernel
-    constants = {"PRECISION": precision, "BR": shape.rows, "BT": shape.step}
+    constants: dict[str, Any] = {"PRECISION": precision, "BR": shape.rows, "BT": shape.step}
     pointers = _pointers(kernel, dtype) | {"p_parts": "*fp32"}
     yield _variant("gram qth", kernel, family, dtype, shape, constants, **pointers)
     kernel = core_gradient.pair_kernel

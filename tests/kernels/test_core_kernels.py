@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from jactus_kernels import reference
+from jactus_kernels import plan, reference
 from jactus_kernels.tiles import Tile
 
 from .conftest import relative
@@ -115,7 +115,8 @@ def test_decode(randn, small_tiles, T, m, n, r, dtype, bias):
 @pytest.mark.parametrize("dtype,r", [(torch.bfloat16, 40), (torch.bfloat16, 130), (torch.bfloat16, 260),
                                      (torch.float32, 48), (torch.float32, 66), (torch.float32, 130)])  # fmt: skip
 @pytest.mark.parametrize("T", [20, 3, 0])
-def test_whole_layers(randn, dtype, r, T):
+def test_whole_layers(randn, monkeypatch, dtype, r, T):
+    monkeypatch.setattr(plan, "PAIR_TOKENS", 0)
     x, U, C, V, b = layer(randn, T, 24, 40, r, dtype)
     inputs, g = (x, U, C, V, b), randn(T, 24, dtype=dtype)
     exact_y, exact_h = reference.core_linear_train(*doubled(inputs))

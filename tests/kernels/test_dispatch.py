@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import jactus_kernels as jk
-from jactus_kernels import cuda, reference
+from jactus_kernels import cuda, plan, reference
 from jactus_kernels.plan import Shape, triton_launches
 
 from .conftest import relative
@@ -39,7 +39,9 @@ def run(op, x, U, C, V, b):
 
 @pytest.mark.parametrize("op", ["core_linear", "core_linear_train", "core_linear_backward", "folded_linear"])
 @pytest.mark.parametrize("T,r", [(20, 16), (20, 144), (20, 272), (2, 16), (2, 272)])
-def test_launches_are_those_planned(randn, launched, op, T, r):
+@pytest.mark.parametrize("many_from", [0, 1 << 15])
+def test_launches_are_those_planned(randn, launched, monkeypatch, op, T, r, many_from):
+    monkeypatch.setattr(plan, "PAIR_TOKENS", many_from)
     tensors = layer(randn, T, 16, 24, r, torch.bfloat16)
     with jk.use(backend="triton"):
         run(op, *tensors)
