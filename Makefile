@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: demo demo-lm test lint clean
+.PHONY: demo demo-lm test lint clean kernels-check gpu
 
 $(VENV)/.ready: setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -26,5 +26,32 @@ lint: $(VENV)/.ready
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy jactus jactus_kernels
 
+# The kernels without a GPU: the sanitiser, the planted faults and the compiler each in a process of its own, since they
+# patch the same modules. Triton versions live in folders of their own, beside the environment that has torch.
+KERNELS := .venv-kernels
+TRITONS := 3.8.0 3.6.0
+JOBS ?= $(shell nproc)
+SANITISER := PYTHONPATH=$(KERNELS)/triton-3.8.0:$(KERNELS)/ttsem $(PY)
+
+$(KERNELS)/.ready: $(VENV)/.ready
+	for v in $(TRITONS); do \
+	  $(PY) -m pip install --quiet --no-deps --upgrade --target $(KERNELS)/triton-$$v triton==$$v || exit 1; done
+	$(PY) -m pip install --quiet --no-deps --upgrade --ignore-requires-python --target $(KERNELS)/ttsem ttsem==0.1.0
+	touch $@
+
+kernels-check: $(KERNELS)/.ready
+	$(SANITISER) -m ttsem.sanitize pytest tests/kernels -m kernel
+	$(SANITISER) tests/kernels/planted_faults.py $(JOBS)
+	for v in $(TRITONS); do PYTHONPATH=$(KERNELS)/triton-$$v $(PY) -m bench.kernels.static_lint --jobs $(JOBS) \
+	  --out bench/results/kernels-static-triton-$$v.csv || exit 1; done
+	$(PY) -m bench.kernels.roofline_table --out bench/results/kernels-roofline.csv
+	$(PY) -m pytest bench/kernels --benchmark-disable
+
+# Needs a GPU: values, then times, then the table from which the policy chooses.
+gpu: $(VENV)/.ready
+	$(PY) -m pytest tests/kernels
+	$(PY) -m pytest bench/kernels --benchmark-json out/kernels-gpu.json
+	$(PY) -m bench.kernels.measured out/kernels-gpu.json
+
 clean:
-	rm -rf $(VENV) out build *.egg-info
+	rm -rf $(VENV) $(KERNELS) out build *.egg-info

@@ -3,13 +3,20 @@
 from . import reference
 from .errors import JactusError
 from .ops import core_linear, covariance_update_, folded_linear
+from .policy import explain
+from .ranks import pad_rank, padded_rank
 from .reference import symmetrize_
+from .settings import use
 
 __all__ = [
     "JactusError",
     "core_linear",
     "covariance_update_",
+    "explain",
     "folded_linear",
+    "pad_rank",
+    "padded_rank",
     "reference",
     "symmetrize_",
+    "use",
 ]

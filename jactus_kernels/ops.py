@@ -1,13 +1,13 @@
 """The public operators: torch.library custom ops with fake and autograd registrations.
 
-Each op's default implementation is the reference; a device's own is registered on top of it (CPU below, CUDA by
-importing its module). So `torch.compile`, `torch.export` and `opcheck` see one opaque, well-described operator.
+Each op's default implementation is the reference; a device's own is registered on top of it. So `torch.compile`,
+`torch.export` and `opcheck` see one opaque, well-described operator.
 """
 
 import torch
 from torch import Tensor
 
-from . import cpu, reference
+from . import cpu, cuda, reference
 from .errors import JactusError
 
 
@@ -17,12 +17,16 @@ def _covariance_update(S: Tensor, X: Tensor, mask: Tensor | None, alpha: float) 
 
 
 _covariance_update.register_kernel("cpu")(cpu.covariance_update_)
+_covariance_update.register_kernel("cuda")(cuda.covariance_update_)
 _covariance_update.register_fake(lambda S, X, mask, alpha: None)
 
 
 @torch.library.custom_op("jactus::core_linear", mutates_args=())
 def _core_linear(x: Tensor, U: Tensor, C: Tensor, V: Tensor, bias: Tensor | None) -> Tensor:
     return reference.core_linear(x, U, C, V, bias)
+
+
+_core_linear.register_kernel("cuda")(cuda.core_linear)
 
 
 @_core_linear.register_fake
@@ -35,6 +39,9 @@ def _core_linear_train(x: Tensor, U: Tensor, C: Tensor, V: Tensor, bias: Tensor 
     return reference.core_linear_train(x, U, C, V, bias)
 
 
+_core_linear_train.register_kernel("cuda")(cuda.core_linear_train)
+
+
 @_core_linear_train.register_fake
 def _(x, U, C, V, bias):
     return x.new_empty(x.shape[0], U.shape[0]), x.new_empty(x.shape[0], V.shape[1])
@@ -45,6 +52,9 @@ def _core_linear_backward(
     g: Tensor, h: Tensor, U: Tensor, C: Tensor, V: Tensor, need_x: bool, need_C: bool
 ) -> tuple[Tensor, Tensor]:
     return reference.core_linear_backward(g, h, U, C, V, need_x, need_C)
+
+
+_core_linear_backward.register_kernel("cuda")(cuda.core_linear_backward)
 
 
 @_core_linear_backward.register_fake
@@ -77,9 +87,36 @@ def _folded_linear(x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None) 
     return reference.folded_linear(x, left, right, bias)
 
 
+_folded_linear.register_kernel("cuda")(cuda.folded_linear)
+
+
 @_folded_linear.register_fake
 def _(x, left, right, bias):
     return x.new_empty(x.shape[0], left.shape[0])
+
+
+def _over_tokens(op):
+    """A vmap rule: a batch of x alone is more tokens; anything else runs one item at a time."""
+
+    def rule(info, in_dims, x, *rest):
+        if all(dim is None for dim in in_dims[1:]):
+            batched = x.movedim(in_dims[0], 0)
+            out = op(batched.flatten(0, 1), *rest)
+            unflatten = lambda y: y.unflatten(0, batched.shape[:2])  # noqa: E731
+            return (tuple(map(unflatten, out)), (0,) * len(out)) if isinstance(out, tuple) else (unflatten(out), 0)
+        outs = [
+            op(*(a if dim is None else a.select(dim, i) for a, dim in zip((x, *rest), in_dims)))
+            for i in range(info.batch_size)
+        ]
+        if isinstance(outs[0], tuple):
+            return tuple(torch.stack(column) for column in zip(*outs)), (0,) * len(outs[0])
+        return torch.stack(outs), 0
+
+    return rule
+
+
+for _op in (_core_linear, _core_linear_train, _folded_linear):
+    _op.register_vmap(_over_tokens(_op))
 
 
 def covariance_update_(S: Tensor, X: Tensor, mask: Tensor | None = None, alpha: float = 1.0) -> Tensor:

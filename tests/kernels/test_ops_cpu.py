@@ -193,3 +193,15 @@ def test_autocast_decides_the_dtype(dtype):
 def test_bad_input_says_what_to_do(call, says):
     with pytest.raises(jk.JactusError, match=says):
         call()
+
+
+def test_vmap_over_tokens_cores_and_gradients():
+    x, U, C, V, b = factors(12, 5, 7, 3)
+    batch = x.view(3, 4, 7)
+    over_x = torch.vmap(lambda x: jk.core_linear(x, U, C, V, b))
+    assert torch.allclose(over_x(batch).flatten(0, 1), jk.core_linear(x, U, C, V, b), atol=1e-12)
+    cores = torch.stack([C, 2 * C])
+    over_cores = torch.vmap(lambda C: jk.core_linear(x, U, C, V))(cores)
+    assert torch.allclose(over_cores[1], 2 * over_cores[0], atol=1e-12)
+    folded = torch.vmap(lambda x: jk.folded_linear(x, U, V.T, b), in_dims=1, out_dims=1)(batch)
+    assert torch.allclose(folded, jk.folded_linear(batch, U, V.T, b), atol=1e-12)

@@ -1,0 +1,1 @@
+"""Static checks and benchmarks of the kernels."""

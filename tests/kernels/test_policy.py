@@ -1,0 +1,175 @@
+"""The policy and the settings: needs neither a GPU nor Triton's compiler."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import jactus_kernels as jk
+from jactus_kernels import plan, policy, roofline, settings
+from jactus_kernels.tiles import SHARED_LIMIT, find_tile
+
+LAYER = {"m": 4096, "n": 4096, "gpu": "H100"}
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    for name in ("JACTUS_BACKEND", "JACTUS_FP32", "JACTUS_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    yield
+    policy.decide.cache_clear()
+    policy._measurements.cache_clear()
+
+
+def test_importing_needs_no_triton_and_no_gpu():
+    code = "import sys; sys.modules['triton'] = None; import jactus_kernels; print(jactus_kernels.explain.__name__)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "explain"
+    code = "import sys, jactus_kernels; print('triton' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
+
+
+@pytest.mark.parametrize("op", policy.OPERATORS)
+@pytest.mark.parametrize("gpu", [g.name for g in roofline.GPUS])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("T,r", [(0, 16), (1, 16), (16, 262), (2048, 64), (16384, 1344)])
+def test_no_prediction_beats_the_floor(op, gpu, dtype, T, r):
+    decision = jk.explain(op, T=T, m=768, n=3072, r=r, dtype=dtype, gpu=gpu)
+    assert decision.backend in ("triton", "torch")
+    assert min(decision.triton_us, decision.torch_us) > decision.floor_us >= 0
+    assert decision.op in str(decision)
+    assert "us" in str(decision)
+
+
+def test_the_symmetric_update_wins_and_a_large_product_is_left_to_the_library():
+    assert jk.explain("covariance_update", T=4096, n=4096, gpu="H100").backend == "triton"
+    assert jk.explain("core_linear", T=2048, r=1344, **LAYER).backend == "torch"
+    assert jk.explain("core_linear", T=1, r=128, **LAYER).backend == "triton"
+
+
+def test_the_user_decides(monkeypatch):
+    shape = {"T": 2048, "r": 1344, **LAYER}
+    with jk.use(backend="triton"):
+        assert jk.explain("core_linear", **shape).backend == "triton"
+        with jk.use(backend="torch"):
+            assert "says so" in jk.explain("core_linear", **shape).reason
+        assert settings.current().backend == "triton"
+    assert settings.current().backend == "auto"
+    with jk.use(backend="fused"):
+        fused = jk.explain("core_linear", T=2048, r=128, **LAYER)
+    assert fused.backend == "triton"
+    assert [launch.kernel for launch in fused.launches] == ["chain", "cuBLAS"]
+    monkeypatch.setenv("JACTUS_BACKEND", "triton")
+    assert jk.explain("core_linear", **shape).backend == "triton"
+
+
+def test_settings_are_restored_when_the_block_raises():
+    with pytest.raises(ZeroDivisionError), jk.use(backend="torch", fp32="tf32"):
+        raise ZeroDivisionError
+    assert settings.current() == settings.Settings()
+
+
+def test_a_measurement_overrules_the_model(monkeypatch, tmp_path):
+    shape = {"T": 2048, "r": 1344, **LAYER}
+    before = jk.explain("core_linear", **shape)
+    row = {"op": "core_linear", "dtype": "half", "T": 2048, "m": 4096, "n": 4096, "r": 1344}
+    row |= {"triton_us": 30.0, "triton_predicted_us": before.triton_us}
+    row |= {"torch_us": 60.0, "torch_predicted_us": before.torch_us}
+    path = tmp_path / "h100.json"
+    path.write_text(json.dumps({"rows": [row]}))
+    policy.decide.cache_clear()
+    policy._measurements.cache_clear()
+    monkeypatch.setenv("JACTUS_POLICY", str(path))
+    after = jk.explain("core_linear", **shape)
+    assert before.backend == "torch"
+    assert after.backend == "triton"
+    assert after.triton_us == pytest.approx(30)
+    assert "measured here" in after.reason
+    near = jk.explain("core_linear", **{**shape, "T": 4096})
+    assert near.torch_us != before.torch_us
+    assert "nearest measured" in near.reason
+    assert "roofline" in jk.explain("folded_linear", **shape).reason
+
+
+def test_a_broken_measurement_file_says_so(monkeypatch, tmp_path):
+    path = tmp_path / "bad.json"
+    path.write_text("{}")
+    monkeypatch.setenv("JACTUS_POLICY", str(path))
+    with pytest.raises(jk.JactusError, match=r"bad\.json.*measure again"):
+        jk.explain("core_linear", T=3, r=16, **LAYER)
+
+
+@pytest.mark.parametrize("dtype,backend,says", [(torch.float64, "auto", "float64"), (torch.bfloat16, "torch", "says")])
+def test_what_the_kernels_lack_runs_on_torch(dtype, backend, says):
+    with jk.use(backend=backend):
+        decision = jk.explain("core_linear", T=1, r=16, dtype=dtype, **LAYER)
+    assert decision.backend == "torch"
+    assert says in decision.reason
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda: jk.explain("nonsense", T=1, n=1, gpu="H100"), "core_linear_train"),
+        (lambda: jk.explain("core_linear", T=1, n=1, gpu="GT 710"), "MI300X"),
+        (lambda: jk.use(backend="cuda").__enter__(), "JACTUS_BACKEND"),
+        (lambda: jk.use(fp32="bf16").__enter__(), "tf32x3"),
+        (lambda: find_tile("matmul", "sm_75", 2), "JACTUS_BACKEND=torch"),
+        (lambda: jk.padded_rank(3, 0), "multiple=0"),
+        (lambda: jk.pad_rank(torch.zeros(3, 2), torch.zeros(2, 2), torch.zeros(3, 1)), "do not share a rank"),
+    ],
+)
+def test_bad_input_says_what_to_do(call, says):
+    with pytest.raises(jk.JactusError, match=says):
+        call()
+
+
+def test_triton_asked_for_where_it_cannot_run():
+    with jk.use(backend="triton"), pytest.raises(jk.JactusError, match="float64"):
+        jk.explain("core_linear", T=1, r=16, dtype=torch.float64, **LAYER)
+    with jk.use(fp32="tf32"), pytest.raises(jk.JactusError, match="no TF32"):
+        jk.explain("core_linear", T=1, m=8, n=8, r=16, dtype=torch.float32, gpu="MI300X")
+
+
+@pytest.mark.parametrize("T", [1, 63, 64, 1000, 65536])
+@pytest.mark.parametrize("tiles", [1, 21, 5000])
+def test_parts_cover_every_token_once(T, tiles):
+    for family in SHARED_LIMIT:
+        tile = find_tile("covariance", family, 2)
+        parts, length = plan.token_parts(T, tile, tiles, slots=264)
+        assert (parts - 1) * length < T <= parts * length
+        assert length % tile.step == 0
+        assert parts == 1 or parts * tiles <= 264
+
+
+def test_padding_a_rank_changes_nothing_and_trains_to_zero():
+    torch.manual_seed(0)
+    x, U, C, V = (torch.randn(*s, dtype=torch.float64) for s in ((9, 7), (5, 19), (19, 19), (7, 19)))
+    padded = [t.requires_grad_(i == 1) for i, t in enumerate(jk.pad_rank(U, C, V))]
+    assert padded[1].shape == (32, 32)
+    y = jk.core_linear(x, *padded)
+    assert torch.allclose(y, jk.core_linear(x, U, C, V), atol=1e-12)
+    gradient = torch.autograd.grad(y.square().sum(), padded[1])[0]
+    assert gradient[:19, :19].any()
+    assert not gradient[19:].any()
+    assert not gradient[:, 19:].any()
+
+
+def test_three_tf32_products_are_as_accurate_as_float32():
+    """Why "auto" makes float32 products of three TF32 ones: the error of the scheme itself, emulated bit by bit."""
+
+    def tf32(x):
+        return (x.view(torch.int32) & ~0x1FFF).view(torch.float32)  # ten bits of mantissa, as the tensor core reads
+
+    torch.manual_seed(0)
+    A, B = torch.randn(300, 1000), torch.randn(1000, 200)
+    exact = A.double() @ B.double()
+    (A_hi, B_hi), one = (tf32(A), tf32(B)), tf32(A) @ tf32(B)
+    three = tf32(A - A_hi) @ B_hi + A_hi @ tf32(B - B_hi) + one
+
+    def error(x):
+        return ((x.double() - exact).norm() / exact.norm()).item()
+
+    assert error(three) <= 2 * error(A @ B)
+    assert error(one) > 1e-4
