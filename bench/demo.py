@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 import jactus
 
@@ -22,9 +22,9 @@ from .baselines import full_fine_tuning, lora, optimizer_bytes, trainable_parame
 from .data import sarcasm
 from .models import MeanPooledClassifier, minilm
 from .report import Row, environment, methods_table, table, write_json
-from .training import Encoded, accuracy, batches, encode, latency, logits, train
+from .training import Encoded, accuracy, batches, encode, latency, logits, share_right, train
 
-# Each method's own best on the validation rows, of those that `python -m bench.demo --lr …` was tried with: see README.
+# Each method's own best on the validation rows: `python -m bench.learning_rates`.
 LEARNING_RATES = {"full": 2e-4, "lora": 2e-3, "jactus": 4e-3}
 BUDGETS = (0.8, 0.5)
 CALIBRATION_ROWS = 2000
@@ -97,13 +97,14 @@ def main() -> None:
         small = jactus.compress(copy.deepcopy(model), plan.at(budget))
         untrained, size, lr = accuracy(small, test), jactus.size(small), LEARNING_RATES["jactus"]
         seconds = fit(small, lr)
-        score = accuracy(small, test)
+        trained = logits(small, test)
+        score = share_right(trained, test)
         name = f"JACTUS {budget:.0%}"
         rows.append(
             Row(name, untrained, score, size.stored, size.folded, size.trainable, size.optimizer_bytes, seconds, lr)
         )
         folder = args.out / f"minilm-sarcasm-{budget:.0%}".replace("%", "")
-        folded = deploy(small, folder, test)
+        folded = deploy(small, trained, folder, test)
         timings.append(time_forms(name, model, small, folded, test))
 
     header = ("forward pass of 64 headlines, ms", "dense", "three factors", "two factors (folded)")
@@ -130,12 +131,14 @@ def faster_dtype() -> torch.dtype | None:
     return torch.bfloat16 if seconds(torch.bfloat16) < 0.8 * seconds(torch.float32) else None
 
 
-def deploy(model: nn.Module, folder: Path, test: Encoded) -> nn.Module:
-    """Fold a copy, save it, reload it in a fresh process, and insist on identical predictions; returns the copy."""
+def deploy(model: nn.Module, unfolded: Tensor, folder: Path, test: Encoded) -> nn.Module:
+    """Fold a copy, save it, reload it in a fresh process, and insist on identical predictions; returns the copy.
+
+    unfolded: the model's logits on the test rows, to compare the folded ones with.
+    """
     folded = jactus.fold(copy.deepcopy(model))
     jactus.save_pretrained(folded, folder)
     expected = logits(folded, test)
-    unfolded = logits(model, test)
     subprocess.run([sys.executable, "-m", "bench.demo", "--predict", str(folder)], check=True)
     found = load_file(folder / "predicted.safetensors")["logits"]
     if not torch.equal(found, expected):

@@ -178,7 +178,12 @@ def logits(model: nn.Module, encoded: Encoded, batch_size: int = 64) -> Tensor:
 
 def accuracy(model: nn.Module, encoded: Encoded, batch_size: int = 64) -> float:
     """Share of examples whose largest logit is their label, 0…1."""
-    return (logits(model, encoded, batch_size).argmax(1) == torch.tensor(encoded.labels)).double().mean().item()
+    return share_right(logits(model, encoded, batch_size), encoded)
+
+
+def share_right(found: Tensor, encoded: Encoded) -> float:
+    """Share of the rows of logits (rows, classes) that are largest at their label, 0…1."""
+    return (found.argmax(1) == torch.tensor(encoded.labels)).double().mean().item()
 
 
 @torch.no_grad()
