@@ -17,9 +17,9 @@ from .models import minilm
 from .training import accuracy, batches, encode, train
 
 GRID = {
-    "full": (5e-5, 1e-4, 2e-4, 4e-4),
+    "full": (1e-4, 2e-4, 4e-4),
     "lora": (5e-4, 1e-3, 2e-3, 4e-3),
-    "jactus": (1e-3, 2e-3, 4e-3, 8e-3),
+    "jactus": (2e-3, 4e-3, 6e-3, 8e-3),
 }
 
 
