@@ -34,6 +34,8 @@ def adapt(
 
     Raises JactusError as `fit_head`, `calibrate`, `plan` and `compress` do.
     """
+    if isinstance(budget, JactusConfig):
+        raise JactusError("adapt's third argument is the budget; pass the JactusConfig as config=")
     config = config or JactusConfig()
     if budget is not None:
         config = config.replace(budget=budget)

@@ -73,7 +73,7 @@ def calibrate(
     short = statistics.short_of_tokens()
     if short and (config.needs_input or config.needs_output):
         logger.warning(
-            "%d of %d layers saw fewer tokens than the 4n advised, e.g. %s: %d of %d",
+            "%d of %d layers saw fewer tokens than the 4n advised (pass more batches), e.g. %s: %d of %d",
             len(short), len(targets), short[0], statistics.layer_tokens(short[0]), 4 * targets[short[0]].n,
         )  # fmt: skip
     return statistics

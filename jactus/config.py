@@ -174,6 +174,11 @@ class JactusConfig:
         return cls(**values)
 
 
+JactusConfig.__doc__ = f"{JactusConfig.__doc__}\n" + "\n".join(
+    f"    {f.name} (default {f.default!r}): {f.metadata['help']}" for f in fields(JactusConfig)
+)
+
+
 def _number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 

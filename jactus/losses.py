@@ -77,7 +77,7 @@ def _unreduced_terms(terms: Tensor, batch: Any) -> int:
 def _own_loss(model: nn.Module, batch: Any, index: int) -> Tensor:
     if not isinstance(batch, Mapping):
         raise JactusError(
-            f"batch {index} is a {type(batch).__name__}: pass dicts of keyword arguments with labels, or "
+            f"batch {index} is a {type(batch).__name__}: pass a list or loader of dicts with labels (one dict alone: [batch]), or "
             "loss=lambda model, batch: … returning the unreduced loss terms"
         )
     output = model(**batch)

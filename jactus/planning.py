@@ -24,6 +24,10 @@ def plan(
     Raises JactusError when the statistics are of another model or configuration, or weights are not finite.
     """
     config = config or JactusConfig()
+    if not isinstance(model, nn.Module) or not isinstance(statistics, Statistics | None):
+        raise JactusError(
+            f"plan takes (model, statistics, config), got ({type(model).__name__}, {type(statistics).__name__}, …)"
+        )
     targets = find_targets(model, config)
     needs_any = config.needs_input or config.needs_output or config.needs_gradient
     if statistics is None and needs_any:

@@ -22,6 +22,10 @@ def compress(model: nn.Module, plan: Plan) -> nn.Module:
 
     Raises JactusError when the model is compressed already or is not the one the plan was made for.
     """
+    if not isinstance(plan, Plan):
+        raise JactusError(
+            f"compress takes a Plan, got {type(plan).__name__}; plan first, then pass plan.at(0.6) or the like"
+        )
     targets = find_targets(model, plan.config)
     for name, layer in plan.layers.items():
         target = targets.get(name)

@@ -57,6 +57,7 @@ def explain(
 
     Raises JactusError for an operator or a GPU that is not known.
     """
+    op = op.removesuffix("_")  # as the function is called
     if op not in OPERATORS:
         raise JactusError(f"explain: no operator {op!r}; there are {', '.join(OPERATORS)}")
     if gpu is not None:

@@ -1,5 +1,7 @@
 """What a user can do wrong, each refused by a message that says where and what to do, and leaves the model as it was."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -96,7 +98,7 @@ BATCHES = [
         lambda: (BERT, without("labels"), {}),
         r"batch 0 with keys \['attention_mask', 'input_ids'\] gives no loss; add labels",
     ),
-    (lambda: (BERT, [(1, 2)], {}), "batch 0 is a tuple: pass dicts"),
+    (lambda: (BERT, [(1, 2)], {}), "batch 0 is a tuple: pass a list or loader of dicts"),
     (lambda: (LLAMA, ignored(LLAMA.batches(), 1), {}), "batch 1 has no loss term.*-100"),
     (lambda: (BERT, BERT.batches(), {"loss": lambda m, b: None}), "batch 0: the loss is a NoneType"),
     (lambda: (BERT, without("labels"), {"loss": lambda m, b: m(**b).logits.mean()}), "batch 0.*no labels tensor"),
@@ -399,3 +401,19 @@ def test_an_extra_that_no_module_has_is_refused():
 def test_calibration_under_inference_mode_is_refused():
     with torch.inference_mode(), pytest.raises(JactusError, match="inference_mode"):
         jactus.calibrate(BERT.model(), BERT.batches(), SMALL, progress=False)
+
+
+def test_arguments_of_another_kind_are_named():
+    model = BERT.model()
+    with pytest.raises(JactusError, match=r"plan\.at\(0\.6\)"):
+        jactus.compress(model, 0.6)
+    with pytest.raises(JactusError, match=r"got \(Statistics, BertForSequenceClassification"):
+        jactus.plan(jactus.Statistics(), model)
+    with pytest.raises(JactusError, match="config="):
+        jactus.adapt(model, BERT.batches(), SMALL)
+    with pytest.raises(JactusError, match=r"\[batch\]"):
+        jactus.calibrate(model, BERT.batch(), SMALL, progress=False)
+
+
+def test_every_setting_is_explained_where_help_looks():
+    assert all(f.metadata["help"] in JactusConfig.__doc__ for f in dataclasses.fields(JactusConfig))
