@@ -25,15 +25,15 @@ from .report import Row, environment, methods_table, write_json
 from .training import batches, perplexity, token_blocks, train
 
 LENGTH = 128
-HELD_OUT_LINES = 100
-CALIBRATION_BLOCKS = 64
+HELD_OUT_LINES = 50
+CALIBRATION_BLOCKS = 48
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out/demo-lm"))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--training-blocks", type=int, default=192, help=f"blocks of {LENGTH} tokens")
+    parser.add_argument("--training-blocks", type=int, default=96, help=f"blocks of {LENGTH} tokens")
     parser.add_argument("--lr", type=float, default=5e-4, help="for the cores and for LoRA")
     parser.add_argument("--predict", type=Path, help=argparse.SUPPRESS)  # the fresh process's part
     parser.add_argument("--bfloat16", action="store_true", help=argparse.SUPPRESS)

@@ -1,5 +1,6 @@
 """The two layers that stand where a Linear or Conv1D stood: three factors to train, two to deploy."""
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ import jactus_kernels as kernels
 from jactus_kernels import JactusError
 
 
-class LowRankLinear(nn.Module):
+class LowRankLinear(nn.Module, ABC):
     """What both have in common: shapes, whether a Conv1D stood here, and a stand-in for `.weight`."""
 
     def __init__(self, m: int, n: int, rank: int, transposed: bool) -> None:
@@ -32,9 +33,9 @@ class LowRankLinear(nn.Module):
         stand_in._is_hf_initialized = True  # type: ignore[attr-defined]
         return stand_in
 
+    @abstractmethod
     def dense_weight(self) -> Tensor:
         """W (m, n), multiplied out in float64, in the dtype of the factors."""
-        raise NotImplementedError
 
     def dense(self) -> nn.Module:
         """The Linear (or Conv1D) that computes the same function."""
@@ -148,6 +149,7 @@ def compressed_layers(model: nn.Module) -> dict[str, LowRankLinear]:
 
 
 def refuse_compressed(model: nn.Module) -> None:
+    """Raise JactusError when the model has low-rank layers already."""
     layers = compressed_layers(model)
     if layers:
         name, layer = next(iter(layers.items()))

@@ -46,6 +46,7 @@ class Target:
 
 
 def fingerprint(weight: Tensor) -> str:
+    """A digest of a tensor's shape and of up to 4,096 evenly spaced values."""
     flat = weight.detach().reshape(-1)
     # At most 4,096 positions, chosen without ever looping over the rest.
     index = torch.linspace(0, flat.numel() - 1, min(flat.numel(), 4096), dtype=torch.float64).long()
@@ -115,11 +116,13 @@ def outside_base(model: nn.Module) -> set[str]:
 
 
 def output_embedding(model: nn.Module) -> nn.Module | None:
+    """The layer from hidden states to the vocabulary; None for a model without one."""
     getter = getattr(model, "get_output_embeddings", None)
     return getter() if getter is not None else None
 
 
 def looks_linear(module: nn.Module) -> bool:
+    """Whether a module is a Linear or a Conv1D, or derived from one."""
     return isinstance(module, nn.Linear | Conv1D)
 
 

@@ -19,7 +19,7 @@ def calibrated(model, batches, config=DOUBLE, **kwargs):
     return jactus.calibrate(model, batches, config, progress=False, **kwargs)
 
 
-def same(a: Statistics, b: Statistics, rtol=1e-10):
+def assert_same_sums(a: Statistics, b: Statistics, rtol=1e-10):
     assert a.terms == b.terms
     assert a.tokens == b.tokens
     assert list(a.layers) == list(b.layers)
@@ -42,8 +42,8 @@ def test_the_batch_size_does_not_matter(family):
         for batch in examples:
             batch["pixel_values"] = batch["pixel_values"].double()
     one, four, all_but_ragged = (calibrated(model, rows(examples, size)) for size in (1, 4, 64))
-    same(one, four)
-    same(one, all_but_ragged)
+    assert_same_sums(one, four)
+    assert_same_sums(one, all_but_ragged)
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
@@ -53,7 +53,7 @@ def test_shards_merge_to_the_whole(family):
     config = SMALL
     whole = calibrated(model, batches, config)
     parts = [calibrated(model, shard, config) for shard in (batches[:2], batches[2:3], batches[3:])]
-    same(parts[0].merge_(parts[1:]), whole, rtol=1e-5)
+    assert_same_sums(parts[0].merge_(parts[1:]), whole, rtol=1e-5)
 
 
 def test_sums_are_what_they_say(tmp_path):
@@ -87,7 +87,7 @@ def test_every_form_of_a_loss_gives_the_same(form):
         terms = nn.functional.cross_entropy(logits, batch["labels"], reduction="none")
         return terms if form == "terms" else (terms.sum(), len(terms))
 
-    same(calibrated(model, batches, loss=loss), calibrated(model, batches), rtol=1e-5)
+    assert_same_sums(calibrated(model, batches, loss=loss), calibrated(model, batches), rtol=1e-5)
 
 
 @pytest.mark.parametrize("family", [BERT, LLAMA, GPT2, T5], ids=lambda f: f.name)
@@ -102,7 +102,7 @@ def test_padding_changes_nothing(family):
         if family is T5:
             row["labels"] = row["labels"][:, : int((row["labels"] != -100).sum())]
         bare.append(row)
-    same(calibrated(model, [batch]), calibrated(model, bare))
+    assert_same_sums(calibrated(model, [batch]), calibrated(model, bare))
 
 
 def test_equal_lengths_do_not_confuse_encoder_and_decoder_masks():
@@ -169,7 +169,7 @@ def test_several_passes_under_a_memory_limit_give_the_same():
 
 def test_the_loss_scale_is_divided_out():
     model, batches = BERT.model(dtype=torch.float64), BERT.batches()
-    same(calibrated(model, batches, DOUBLE.replace(loss_scale=1024.0)), calibrated(model, batches))
+    assert_same_sums(calibrated(model, batches, DOUBLE.replace(loss_scale=1024.0)), calibrated(model, batches))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -248,7 +248,7 @@ def test_ranks_of_a_process_group_reduce_to_the_whole(tmp_path):
         assert worker.exitcode == 0
     whole = calibrated(BERT.model(), BERT.batches(5))
     for rank in range(2):
-        same(Statistics.load(tmp_path / f"{rank}.safetensors"), whole, rtol=1e-6)
+        assert_same_sums(Statistics.load(tmp_path / f"{rank}.safetensors"), whole, rtol=1e-6)
 
 
 class _Wrapper(nn.Module):
@@ -278,7 +278,7 @@ def test_a_subclass_of_a_causal_model_counts_its_terms_as_it_does():
 
     mine = Mine(LLAMA.config).double().eval()
     mine.load_state_dict(LLAMA.model().state_dict())
-    same(calibrated(mine, LLAMA.batches()), calibrated(LLAMA.model(dtype=torch.float64), LLAMA.batches()))
+    assert_same_sums(calibrated(mine, LLAMA.batches()), calibrated(LLAMA.model(dtype=torch.float64), LLAMA.batches()))
 
 
 def test_unreduced_terms_of_ignored_labels_do_not_count():
@@ -289,7 +289,7 @@ def test_unreduced_terms_of_ignored_labels_do_not_count():
         return nn.functional.cross_entropy(logits.transpose(1, 2), batch["labels"][:, 1:], reduction="none")
 
     # the model computes its loss from float32 logits
-    same(calibrated(model, batches, loss=loss), calibrated(model, batches), rtol=1e-5)
+    assert_same_sums(calibrated(model, batches, loss=loss), calibrated(model, batches), rtol=1e-5)
 
 
 def test_rows_that_are_not_tokens_are_refused_with_or_without_padding():
