@@ -54,9 +54,9 @@ def _check_statistics(targets: dict[str, Target], statistics: Statistics, config
                 "training it, not after)"
             )
         missing = (
-            (config.needs_input and statistics.input_covariance(name) is None, "input covariances"),
-            (config.needs_output and statistics.output_covariance(name) is None, "output-gradient covariances"),
-            (config.needs_gradient and statistics.mean_gradient(name) is None, "mean gradients"),
+            (config.needs_input and known.inputs not in statistics.input_sums, "input covariances"),
+            (config.needs_output and known.output_sum is None, "output-gradient covariances"),
+            (config.needs_gradient and known.gradient_sum is None, "mean gradients"),
         )
         for absent, what in missing:
             if absent:
