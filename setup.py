@@ -27,7 +27,7 @@ setup(
     ],
     extras_require={
         "test": ["pytest", "pytest-benchmark"],
-        "bench": ["peft", "gguf"],
+        "bench": ["peft", "attrs", "eigentune==0.2.0", "gguf"],  # PEFT's CorDA imports attrs without declaring it
         "lint": ["ruff==0.17.6", "mypy==2.4.1"],
     },
 )

@@ -1,10 +1,14 @@
-"""The methods JACTUS is compared with: all weights trained, and PEFT's LoRA."""
+"""The methods JACTUS is compared with in the demos: all weights trained, and PEFT's LoRA. More are in bench.accuracy."""
+
+from collections.abc import Iterable
+from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-HEADS = ("classifier", "score")  # trained whole, whatever the method
-OUTPUTS = ("lm_head",)  # tied to the embeddings in small language models: never adapted
+from jactus import JactusConfig
+from jactus.targets import find_targets
+from jactus.training import head_parameters
 
 
 def full_fine_tuning(model: nn.Module) -> nn.Module:
@@ -12,19 +16,27 @@ def full_fine_tuning(model: nn.Module) -> nn.Module:
     return model.requires_grad_(True)
 
 
-def lora(model: nn.Module, rank: int = 16) -> PeftModel:
-    """Add LoRA factors to every linear layer but the head, and train the head too.
+def lora(model: nn.Module, rank: int = 16, targets: Iterable[str] | None = None, **options: Any) -> PeftModel:
+    """Add LoRA factors to every linear layer but the head, and train the head too. Arguments as in `lora_config`."""
+    return get_peft_model(model, lora_config(model, rank, targets, **options))
 
-    The scale α/r is 2, the common choice; no dropout and no biases. The head goes on from its present weights.
+
+def lora_config(model: nn.Module, rank: int = 16, targets: Iterable[str] | None = None, **options: Any) -> LoraConfig:
+    """PEFT's configuration for the layers that JACTUS would replace.
+
+    The scale α/r is 2, the common choice; no dropout and no biases. A task head is trained whole, on from its present
+    weights.
+
+    Args:
+        model: the model to adapt, not yet wrapped.
+        rank: of every adapter.
+        targets: full names of the layers to adapt; None: those of `jactus.JactusConfig()`.
+        options: further fields of `peft.LoraConfig`, or other values for these.
     """
-    heads = [name for name in HEADS if hasattr(model, name)]
-    targets = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.split(".")[0] not in (*HEADS, *OUTPUTS)
-    ]
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, modules_to_save=heads or None)
-    return get_peft_model(model, config)
+    names = list(find_targets(model, JactusConfig()) if targets is None else targets)
+    heads = sorted({name.split(".")[0] for name in head_parameters(model)})
+    fields = {"lora_alpha": 2 * rank, "target_modules": names, "modules_to_save": heads or None, **options}
+    return LoraConfig(r=rank, **fields)
 
 
 def trainable_parameters(model: nn.Module) -> int:

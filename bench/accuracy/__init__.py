@@ -1,0 +1,1 @@
+"""How well each method learns at each size: JACTUS and its peers on the same data."""
