@@ -231,5 +231,5 @@ def _kept_tokens(inputs: tuple[Tensor, ...] | Tensor, positions: Tensor | None, 
     """A layer's inputs (kept, n); those of a pooler, one a row and never padded, as they are."""
     states = inputs if isinstance(inputs, Tensor) else inputs[0]
     if states.dim() == 2 or positions is None:
-        return states.reshape(-1, states.shape[-1])
+        return states.reshape(-1, states.shape[-1]).contiguous()  # PEFT hashes a view of it
     return states[positions.T.unbind()]
