@@ -37,6 +37,11 @@ class Encoded:
     def __getitem__(self, rows: slice) -> "Encoded":
         return Encoded(self.rows[rows], None if self.labels is None else self.labels[rows], self.pad_id)
 
+    def take(self, chosen: Sequence[int]) -> "Encoded":
+        """The chosen rows, in that order."""
+        labels = None if self.labels is None else [self.labels[i] for i in chosen]
+        return Encoded([self.rows[i] for i in chosen], labels, self.pad_id)
+
     def batch(self, chosen: Sequence[int]) -> Batch:
         """Pad the chosen rows on the right: input_ids and attention_mask (B, T), labels (B,) or (B, T)."""
         rows = [self.rows[i] for i in chosen]

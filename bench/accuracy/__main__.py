@@ -1,0 +1,89 @@
+"""Measure the matrix, or show what was measured.
+
+`python -m bench.accuracy run` goes on where the last run stopped, most decisive cells first, until all are done or it is
+stopped; `table` and `plot` read the rows and never run anything. Each cell is a process of its own.
+"""
+
+import argparse
+import re
+import sys
+import time
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+from .cell import measure
+from .figures import plot, tables
+from .matrix import STAGES, Entry, lacks_untrained, wanted
+from .store import Cell, Row, append, read
+
+RESULTS = Path("bench/results/accuracy.csv")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("do", choices=("run", "list", "table", "plot"))
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument(
+        "--stage", choices=STAGES, action="append", help="only this part of the matrix; may be repeated"
+    )
+    parser.add_argument("--only", default="", help="regular expression; only cells 'task method budget' that it finds")
+    parser.add_argument("--workers", type=int, default=1, help="cells measured at a time")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of each")
+    parser.add_argument("--float32", action="store_true", help="train without bfloat16 autocast")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no cell after so long")
+    parser.add_argument("--out", type=Path, default=Path("docs/pictures/accuracy.png"), help="of plot")
+    args = parser.parse_args()
+    entries = [e for stage in args.stage or STAGES for e in STAGES[stage]()]
+    entries = [e for e in entries if re.search(args.only, f"{e.task} {e.method} {e.budget}")]
+    if args.do == "table":
+        print(tables(read(args.results)))
+    elif args.do == "plot":
+        plot(read(args.results), args.out)
+    elif args.do == "list":
+        print(*wanted(entries, read(args.results)), sep="\n")
+    else:
+        run(entries, args)
+
+
+def run(entries: list[Entry], args: argparse.Namespace) -> None:
+    """Keep `workers` cells going; which cell is next depends on what the finished ones said of the learning rates."""
+    autocast = None if args.float32 else torch.bfloat16
+    started, failed = time.monotonic(), set()
+    running: dict[Future, Cell] = {}
+    context = get_context("forkserver")  # forks of a clean process: imports are shared, thread pools are not
+    context.set_forkserver_preload(["bench.accuracy.cell"])
+    with ProcessPoolExecutor(args.workers, context, max_tasks_per_child=1) as pool:
+        while True:
+            minutes = (time.monotonic() - started) / 60
+            rows = read(args.results)
+            cells = [c for c in wanted(entries, rows) if c not in failed and c not in running.values()]
+            while cells and minutes < args.minutes and len(running) < args.workers:
+                cell = cells.pop(0)
+                running[pool.submit(measure, cell, args.threads, autocast, lacks_untrained(cell, rows))] = cell
+            if not running:
+                break
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                cell = running.pop(future)
+                if error := future.exception():
+                    failed.add(cell)
+                    print(f"FAILED {cell}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+                else:
+                    append(args.results, future.result())
+                    for row in future.result():
+                        print(f"{minutes:6.1f} min  {_line(row)}", flush=True)
+    if failed:
+        raise SystemExit(f"{len(failed)} cells failed; run again to retry them")
+
+
+def _line(row: Row) -> str:
+    rate = "" if row.lr is None else f" lr {row.lr:g}"
+    seconds = "" if row.train_seconds is None else f", {row.train_seconds:.0f} s"
+    which = f"{row.task} {row.method} {row.budget:.0%} seed {row.seed}{rate} {row.phase}"
+    return f"{which}: {row.value:.4f} (validation {row.validation:.4f}){seconds}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""Tables and the plot, from the rows alone. Spread is the standard deviation over seeds; differences are paired by seed."""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+from ..report import table
+from .matrix import ablations, comparison, entry_rate, language
+from .store import Row
+from .tasks import LANGUAGES, TASKS, TEXT
+
+Scores = dict[int, float]  # by seed
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A method at a budget: its scores by task and seed, before and after training, and a row for its sizes."""
+
+    method: str
+    budget: float
+    untrained: dict[str, Scores]
+    trained: dict[str, Scores]
+    sizes: Row
+    rates: dict[str, float]
+
+    @property
+    def name(self) -> str:
+        return self.method if self.budget == 1 else f"{self.method} {self.budget:.0%}"
+
+    def mean_by_seed(self, tasks: Sequence[str]) -> Scores:
+        """Mean over the tasks for each seed that has them all; empty when none does."""
+        seeds = set.intersection(*(set(self.trained.get(task, ())) for task in tasks))
+        return {s: statistics.fmean(self.trained[task][s] for task in tasks) for s in sorted(seeds)}
+
+
+def summaries(rows: list[Row], entries, tasks: Sequence[str]) -> list[Summary]:
+    """Each method and budget with a chosen learning rate on at least one task."""
+    found = []
+    for method, budget in dict.fromkeys((e.method, e.budget) for e in entries):
+        mine = [r for r in rows if (r.method, r.budget) == (method, budget) and r.task in tasks]
+        rates, before, after = {}, {}, {}
+        for task in tasks:
+            here = [r for r in mine if r.task == task]
+            before[task] = {r.seed: r.value for r in here if r.phase == "untrained"}
+            e = next((e for e in entries if (e.task, e.method, e.budget) == (task, method, budget)), None)
+            lr = None if e is None else entry_rate(e, rows)
+            if lr is not None:
+                rates[task] = lr
+                after[task] = {
+                    r.seed: r.value for r in here if r.phase == "trained" and r.lr == lr and r.loss is not None
+                }
+        if any(after.values()):
+            found.append(Summary(method, budget, before, after, mine[-1], rates))
+    return found
+
+
+def tables(rows: list[Row]) -> str:
+    """Everything that was measured, as Markdown."""
+    parts = []
+    text = summaries(rows, list(comparison()), TEXT)
+    if text:
+        parts += ["### Accuracy after training, %", _accuracy_table(text), _learning_rates(text, TEXT)]
+    spoken = summaries(rows, list(language()), LANGUAGES)
+    if spoken:
+        parts += ["### Perplexity, untrained → trained", _language_table(spoken)]
+    changed = summaries(rows, list(ablations()), TEXT)
+    if changed:
+        parts += ["### One setting changed at a time, 80%", _ablation_table(changed)]
+    machines = sorted({r.versions for r in rows})
+    return "\n\n".join([*parts, *machines])
+
+
+def _accuracy_table(found: list[Summary]) -> str:
+    base = next((s for s in found if s.method == "lora"), None)
+    lines = []
+    for s in sorted(found, key=lambda s: (-s.budget, s.method != "full")):
+        mean = s.mean_by_seed(TEXT)
+        against = _paired(mean, base.mean_by_seed(TEXT)) if base and s is not base else "–"
+        untrained = [statistics.fmean(s.untrained[t].values()) for t in TEXT if s.untrained[t]]
+        before = f"{100 * statistics.fmean(untrained):.1f}" if len(untrained) == len(TEXT) else "–"
+        scores = [_spread(s.trained.get(task, {}), 100) for task in TEXT]
+        lines.append((s.name, *scores, _spread(mean, 100), against, before, *_sizes(s.sizes)))
+    header = (
+        "method",
+        *TEXT,
+        "mean",
+        "− LoRA, paired",
+        "untrained",
+        "deployed",
+        "in training",
+        "trainable",
+        "optimizer",
+    )
+    return table(header, lines)
+
+
+def _language_table(found: list[Summary]) -> str:
+    lines = []
+    for s in sorted(found, key=lambda s: -s.budget):
+        cells = [f"{_spread(s.untrained[t])} → {_spread(s.trained.get(t, {}))}" for t in LANGUAGES]
+        lines.append((s.name, *cells, *_sizes(s.sizes)))
+    return table(("method", *LANGUAGES, "deployed", "in training", "trainable", "optimizer"), lines)
+
+
+def _ablation_table(found: list[Summary]) -> str:
+    base = next((s for s in found if s.method == "jactus"), None)
+    tasks = [t for t in TEXT if any(s.trained.get(t) for s in found)]
+    lines = []
+    for s in found:
+        cells = []
+        for task in tasks:
+            now = s.trained.get(task, {})
+            against = "" if base in (None, s) else f" ({_paired(now, base.trained.get(task, {}))})"
+            cells += [_spread(s.untrained[task], 100), _spread(now, 100) + against]
+        lines.append((s.method, *cells, f"{s.sizes.trainable / 1e6:.2f}M"))
+    header = ("setting", *(f"{task}, {phase}" for task in tasks for phase in ("untrained", "trained")), "trainable")
+    return table(header, lines)
+
+
+def _learning_rates(found: list[Summary], tasks: Sequence[str]) -> str:
+    lines = [(s.name, *(f"{s.rates[t]:g}" if t in s.rates else "–" for t in tasks)) for s in found]
+    return "Learning rates, chosen on validation rows with the first seed:\n\n" + table(("method", *tasks), lines)
+
+
+def _sizes(row: Row) -> tuple[str, ...]:
+    counts = (row.folded, row.stored, row.trainable)
+    return (*(f"{count / 1e6:.2f}M" for count in counts), f"{row.optimizer_bytes / 1e6:.1f} MB")
+
+
+def _spread(scores: Scores, factor: float = 1.0) -> str:
+    """Mean ± standard deviation (number of seeds where there are fewer than two)."""
+    values = [factor * v for v in scores.values()]
+    if not values:
+        return "–"
+    if len(values) == 1:
+        return f"{values[0]:.2f} (1 seed)"
+    return f"{statistics.fmean(values):.2f} ± {statistics.stdev(values):.2f}"
+
+
+def _paired(mine: Scores, theirs: Scores) -> str:
+    """Mean difference in points and its standard error over the seeds both have."""
+    differences = [100 * (mine[s] - theirs[s]) for s in mine if s in theirs]
+    if not differences:
+        return "–"
+    error = f" ± {statistics.stdev(differences) / len(differences) ** 0.5:.2f}" if len(differences) > 1 else ""
+    return f"{statistics.fmean(differences):+.2f}{error}"
+
+
+def plot(rows: list[Row], file: Path) -> None:
+    """Accuracy against deployed parameters: a panel per task, a line per method, standard deviations as bars."""
+    found = summaries(rows, list(comparison()), TEXT)
+    figure, axes = pyplot.subplots(1, len(TEXT), figsize=(4.6 * len(TEXT), 4.2), layout="constrained")
+    for axis, task in zip(axes, TEXT):
+        for k, method in enumerate(dict.fromkeys(s.method for s in found)):
+            points = sorted((s.sizes.folded / 1e6, list(s.trained[task].values())) for s in found
+                            if s.method == method and s.trained.get(task))  # fmt: skip
+            if not points:
+                continue
+            x = [size for size, _ in points]
+            y = [100 * statistics.fmean(v) for _, v in points]
+            bars = [100 * statistics.stdev(v) if len(v) > 1 else 0 for _, v in points]
+            marker = "osD^vP*X<>hp"[k % 12]
+            axis.errorbar(x, y, bars, marker=marker, capsize=3, label=method, lw=2 if method == "jactus" else 1)
+        axis.set(title=task, xlabel="deployed parameters, millions", ylabel=f"{TASKS[task].metric}, %")
+        axis.grid(alpha=0.3)
+    handles = {label: h for axis in axes for h, label in zip(*axis.get_legend_handles_labels())}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=7)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=110)
+    pyplot.close(figure)

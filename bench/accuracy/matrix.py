@@ -1,0 +1,118 @@
+"""Which cells there are, in the order in which they decide something; and which to measure next."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from .methods import is_compressed, rates
+from .store import Cell, Row
+from .tasks import LANGUAGES, TASKS, TEXT
+
+SEEDS = (0, 1, 2)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method at a budget on a task: its learning rates are tried with the first seed, the best goes on to the others."""
+
+    task: str
+    method: str
+    budget: float
+    grid: tuple[float, ...]
+    seeds: tuple[int, ...] = SEEDS
+
+
+def entry(task: str, method: str, budget: float, grid: tuple[float, ...] = (), seeds: tuple[int, ...] = SEEDS) -> Entry:
+    rate = TASKS[task].rate
+    return Entry(task, method, budget, tuple(rate * lr for lr in grid or rates(method)), seeds)
+
+
+COMPRESSED = ("svd+lora", "fwsvd+lora", "asvd+lora", "svd-llm+lora")
+WHOLE = ("full", "lora", "dora", "pissa", "corda", "eva", "eigentune")
+
+
+def comparison() -> Iterator[Entry]:
+    """JACTUS and its peers: first what the headline claims need, then the rest."""
+    for method, budget in (("jactus", 0.8), ("lora", 1.0), ("full", 1.0), ("dora", 1.0), ("jactus", 0.5)):
+        for task in TEXT:
+            yield entry(task, method, budget)
+    for method in ("jactus", "svd-llm+lora", "svd+lora", "asvd+lora", "fwsvd+lora", "cersa"):
+        for task in TEXT:
+            yield entry(task, method, 0.35)
+    for method in WHOLE[3:]:
+        for task in TEXT:
+            yield entry(task, method, 1.0)
+    for budget in (0.8, 0.5):
+        for method in ("svd-llm+lora", "cersa", *COMPRESSED):
+            for task in TEXT:
+                yield entry(task, method, budget)
+
+
+def language() -> Iterator[Entry]:
+    """Perplexity: the pipelines that matter, at 80% and 50%."""
+    for task in LANGUAGES:
+        for budget in (0.8, 0.5):
+            for method in ("jactus", "svd-llm+lora"):
+                yield entry(task, method, budget)
+        for method in ("lora", "full"):
+            yield entry(task, method, 1.0)
+        for budget in (0.8, 0.5):
+            for method in ("asvd+lora", "fwsvd+lora", "svd+lora", "cersa"):
+                yield entry(task, method, budget)
+
+
+ABLATIONS = (
+    "jactus",
+    "jactus[trainable_extras=head+bias+LayerNorm]",
+    "jactus[union_share=0]",
+    "jactus[allocation=uniform]",
+    "jactus[coordinate_damping=0.1]",
+    "jactus[rank_floor=0.8]",
+    "jactus[union=weight+covariance]",
+    "jactus[metric=input]",
+    "jactus[coordinates=orthonormal]",
+)
+
+
+def ablations() -> Iterator[Entry]:
+    """What decides the defaults: one learning rate, the default's, unless it is the learning rate that is in question."""
+    for seeds in ((0,), SEEDS):
+        for method in ABLATIONS:
+            for task in ("newsgroups", "sarcasm"):
+                yield entry(task, method, 0.8, (4e-3,), seeds)
+
+
+STAGES = {"ablations": ablations, "comparison": comparison, "language": language}
+
+
+def chosen_rate(entry: Entry, rows: list[Row]) -> float | None:
+    """The learning rate best on validation rows with the first seed; None while some are still to be tried."""
+    mine = (entry.task, entry.method, entry.budget, entry.seeds[0], "trained")
+    tried = {r.lr: r for r in rows if (r.task, r.method, r.budget, r.seed, r.phase) == mine}
+    if any(lr not in tried for lr in entry.grid):
+        return None
+    sign = 1 if TASKS[entry.task].metric == "accuracy" else -1
+    # a run that diverged has no loss, and whatever its score, it is not the best
+    return max(entry.grid, key=lambda lr: (tried[lr].loss is not None, sign * tried[lr].validation))
+
+
+def entry_rate(entry: Entry, rows: list[Row]) -> float | None:
+    """The learning rate all seeds of an entry use: the chosen one, or the only one there is."""
+    return entry.grid[0] if len(entry.grid) == 1 else chosen_rate(entry, rows)
+
+
+def wanted(entries: list[Entry], rows: list[Row]) -> list[Cell]:
+    """The cells not measured yet, most decisive first; those that wait for a learning rate are not among them."""
+    done = {row.cell for row in rows if row.phase == "trained"}
+    cells: list[Cell] = []
+    for e in entries:
+        cells += [Cell(e.task, e.method, e.budget, e.seeds[0], lr) for lr in e.grid]
+        lr = entry_rate(e, rows)
+        if lr is not None:
+            cells += [Cell(e.task, e.method, e.budget, seed, lr) for seed in e.seeds[1:]]
+    return [cell for cell in dict.fromkeys(cells) if cell not in done]
+
+
+def lacks_untrained(cell: Cell, rows: list[Row]) -> bool:
+    """Whether a compressed model's score before training is still to be measured: learning rates do not change it."""
+    place = (cell.task, cell.method, cell.budget, cell.seed, "untrained")
+    return is_compressed(cell.method) and place not in {(r.task, r.method, r.budget, r.seed, r.phase) for r in rows}

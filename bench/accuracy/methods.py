@@ -1,0 +1,91 @@
+"""Methods by name. `jactus[union_share=0,metric=input]` is JACTUS with other settings than its defaults: an ablation."""
+
+import re
+from dataclasses import dataclass, fields
+
+import torch
+from torch import nn
+
+import jactus
+from jactus_kernels import JactusError
+
+from .compressors import COMPRESSORS
+from .peers import METHODS, Context
+
+# Budgets are of the *deployed* size, r(m+n) a layer, so that a percentage means the same for every method.
+CONFIG = jactus.JactusConfig(accounting="folded")
+
+# Each method's grid for text classification, of equal size, around what its literature advises.
+RATES = {
+    "full": (1e-4, 2e-4, 4e-4),
+    "pissa": (5e-4, 1e-3, 2e-3),
+    "corda": (5e-4, 1e-3, 2e-3),
+    "jactus": (2e-3, 4e-3, 8e-3),
+}
+OTHER_RATES = (1e-3, 2e-3, 4e-3)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """JACTUS with `changes` of its configuration; `calibration` examples (None: the task's own number); `head` 'fitted'
+    before calibration or 'random'."""
+
+    changes: dict
+    calibration: int | None = None
+    head: str = "fitted"
+
+    @property
+    def config(self) -> jactus.JactusConfig:
+        return CONFIG.replace(**self.changes)
+
+
+def variant(method: str) -> Variant | None:
+    """The settings in a name like `jactus[damping=0.1,union=weight+covariance]`; None for a method that is not JACTUS."""
+    found = re.fullmatch(r"jactus(?:\[(.*)\])?", method)
+    if not found:
+        return None
+    known = {f.name: f for f in fields(jactus.JactusConfig)}
+    changes: dict = {}
+    own: dict = {}
+    for part in filter(None, (found[1] or "").split(",")):
+        name, _, text = part.partition("=")
+        if name in ("calibration", "head"):
+            own[name] = int(text) if name == "calibration" else text
+        elif name in known:
+            changes[name] = _value(text, known[name].default)
+        else:
+            raise JactusError(f"{method}: {name!r} is no field of JactusConfig, nor 'calibration' or 'head'")
+    return Variant(changes, **own)
+
+
+def _value(text: str, default: object) -> object:
+    if isinstance(default, bool):
+        return text == "True"
+    if isinstance(default, tuple):
+        return tuple(text.split("+"))
+    try:
+        return int(text) if re.fullmatch(r"\d+", text) else float(text)
+    except ValueError:
+        return text
+
+
+def rates(method: str) -> tuple[float, ...]:
+    """The learning rates tried on validation rows."""
+    return RATES.get(re.split(r"[\[+]", method)[0], OTHER_RATES)
+
+
+def is_compressed(method: str) -> bool:
+    """Whether the method has a budget, and so a score before training."""
+    return variant(method) is not None or method.removesuffix("+lora") in (*COMPRESSORS, "cersa")
+
+
+def build(method: str, model: nn.Module, context: Context, budget: float) -> nn.Module:
+    """The model made ready to train by `method`, in place. Raises JactusError for an unknown name."""
+    chosen = variant(method)
+    if chosen is None:
+        if method not in METHODS:
+            raise JactusError(f"no method {method!r}; known are jactus, jactus[field=value,…], {', '.join(METHODS)}")
+        return METHODS[method](model, context, budget)
+    torch.manual_seed(context.seed)
+    plan = jactus.plan(model, context.statistics, chosen.config.replace(budget=budget), progress=False)
+    return jactus.compress(model, plan)

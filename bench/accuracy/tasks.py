@@ -1,0 +1,136 @@
+"""The tasks: a pretrained model, data in fixed splits, and what calibration saw of them, kept on disk between cells."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import jactus
+
+from .. import data, models
+from ..fetch import cache_folder
+from ..training import Encoded, accuracy, batches, encode, perplexity, token_blocks
+
+TOKENS = 32  # of a newsgroup article: subject and first line, so that what must be learnt is in the words
+BLOCK = 128  # tokens of a language-modelling example
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model as its makers left it, under a fresh head, and the splits; nothing random but the head."""
+
+    model: nn.Module
+    training: Encoded
+    validation: Encoded
+    test: Encoded
+
+
+@dataclass(frozen=True)
+class Task:
+    """How to load a task, score a model on it, and train on it.
+
+    metric: 'accuracy' (higher is better) or 'perplexity' (lower is).
+    calibration: how many training examples calibration sees.
+    rate: what the learning rates of text classification are multiplied by.
+    """
+
+    name: str
+    metric: str
+    load: Callable[[], Case]
+    epochs: int = 2
+    batch_size: int = 32
+    calibration: int = 2000
+    rate: float = 1.0
+
+    def score(self, model: nn.Module, examples: Encoded) -> float:
+        return accuracy(model, examples) if self.metric == "accuracy" else perplexity(model, examples)
+
+    def better(self, a: float, b: float) -> bool:
+        return a > b if self.metric == "accuracy" else a < b
+
+
+def _text(load: Callable[[], data.TextTask], length: int, rows: tuple[int, int]) -> Case:
+    task = load()
+    model, tokenizer = models.minilm(len(task.labels))
+    training, test = (encode(tokenizer, s, length)[:n] for s, n in zip((task.train, task.test), rows))
+    return Case(model, training, encode(tokenizer, task.validation, length), test)
+
+
+def _language(lines: Callable[[], list[str]], training_blocks: int) -> Case:
+    """The first 100 lines are the test's, the next 50 validation's."""
+    model, tokenizer = models.smollm2()
+    cuts = (lines()[:100], lines()[100:150], lines()[150:])
+    test, validation, training = (token_blocks(tokenizer, part, BLOCK) for part in cuts)
+    return Case(model, training[:training_blocks], validation, test)
+
+
+def _table(*tasks: Task) -> dict[str, Task]:
+    return {task.name: task for task in tasks}
+
+
+LANGUAGE: dict[str, Any] = {"metric": "perplexity", "epochs": 1, "batch_size": 8, "calibration": 256, "rate": 0.25}
+TASKS = _table(
+    Task("sarcasm", "accuracy", functools.partial(_text, data.sarcasm, 64, (6000, 4500))),
+    Task("movies", "accuracy", functools.partial(_text, data.movies, 64, (3000, 4000))),
+    Task("newsgroups", "accuracy", functools.partial(_text, data.newsgroups, TOKENS, (3000, 4000))),
+    Task("wikipedia", load=functools.partial(_language, data.wikipedia_lines, 256), **LANGUAGE),
+    Task("openwebtext", load=functools.partial(_language, data.openwebtext_lines, 256), **LANGUAGE),
+)
+TEXT = ("sarcasm", "movies", "newsgroups")
+LANGUAGES = ("wikipedia", "openwebtext")
+
+
+def prepared(task: Task, head: str, seed: int) -> Case:
+    """The task with its head 'fitted' to the frozen features (once; then read from the cache), or 'random' by seed."""
+    torch.manual_seed(seed if head == "random" else 0)
+    case = task.load()
+    if task.metric != "accuracy" or head == "random":
+        return case
+    classifier = case.model.classifier
+
+    def fit(file: Path) -> None:
+        jactus.fit_head(case.model, batches(case.training, 64), progress=False)
+        save_file(classifier.state_dict(), file)
+
+    classifier.load_state_dict(load_file(_once(f"head-{task.name}", fit)))
+    return case
+
+
+def calibrated(
+    task: Task, case: Case, rows: int, seed: int, head: str, autocast: torch.dtype | None
+) -> jactus.Statistics:
+    """All sums over `rows` training examples drawn by `seed` (once; then read from the cache)."""
+    config = jactus.JactusConfig(union=jactus.config.SOURCES)
+
+    def calibrate(file: Path) -> None:
+        with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+            seen = calibration_batches(task, case, rows, seed)
+            jactus.calibrate(case.model, seen, config, progress=False).save(file)
+
+    precision = "float32" if autocast is None else "autocast"
+    return jactus.Statistics.load(_once(f"statistics-{task.name}-{rows}-{seed}-{head}-{precision}", calibrate))
+
+
+def calibration_batches(task: Task, case: Case, rows: int, seed: int) -> list[dict]:
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(len(case.training), generator=generator)[:rows].tolist()
+    return list(batches(case.training.take(chosen), task.batch_size, seed=seed))
+
+
+def _once(name: str, make: Callable[[Path], None]) -> Path:
+    """The cache's file of that name, made by one process at a time, and whole or not there at all."""
+    folder = cache_folder() / "accuracy"
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{name}.safetensors"
+    with FileLock(f"{file}.lock"):
+        if not file.exists():
+            unfinished = file.with_suffix(".unfinished")
+            make(unfinished)
+            unfinished.replace(file)
+    return file

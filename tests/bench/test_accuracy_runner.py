@@ -1,0 +1,152 @@
+"""The runner: rows survive, learning rates are chosen on validation rows, nothing is measured twice."""
+
+import dataclasses
+
+import pytest
+import torch
+from transformers import BertConfig
+
+from bench.accuracy import cell, figures, matrix, methods, store, tasks
+from bench.accuracy.matrix import Entry, chosen_rate, wanted
+from bench.accuracy.store import Cell, Row
+from bench.models import MeanPooledClassifier
+from bench.training import Encoded
+from jactus import JactusConfig, JactusError
+
+GRID = (1e-3, 2e-3)
+
+
+def row(method="lora", seed=0, lr=1e-3, value=0.5, validation=0.5, phase="trained", task="sarcasm", budget=1.0, **more):
+    sizes = {"trainable": 10, "stored": 30, "folded": 20, "optimizer_bytes": 80}
+    return Row(
+        task, method, budget, seed, phase, "accuracy", value, validation, **sizes, versions="v", lr=lr, loss=0.1, **more
+    )
+
+
+def test_rows_come_back_as_they_were_written(tmp_path):
+    rows = [row(peak_bytes=3, train_seconds=1.5), row(phase="untrained", lr=None), row(value=0.123456)]
+    file = tmp_path / "results" / "a.csv"
+    for r in rows:
+        store.append(file, [r])
+    assert store.read(file) == rows
+    assert store.read(tmp_path / "none.csv") == []
+
+
+def test_a_file_with_other_columns_is_refused(tmp_path):
+    (tmp_path / "a.csv").write_text("task,method\nx,y\n")
+    with pytest.raises(JactusError, match="another version"):
+        store.read(tmp_path / "a.csv")
+
+
+def test_the_rate_best_on_validation_rows_goes_on_to_the_other_seeds():
+    e = Entry("sarcasm", "lora", 1.0, GRID, (0, 1, 2))
+    assert [c.lr for c in wanted([e], [])] == list(GRID)
+    rows = [row(lr=1e-3, value=0.9, validation=0.6)]
+    assert wanted([e], rows) == [Cell("sarcasm", "lora", 1.0, 0, 2e-3)]
+    rows.append(row(lr=2e-3, value=0.1, validation=0.7))  # worse on the test rows, which must not count
+    assert wanted([e], rows) == [Cell("sarcasm", "lora", 1.0, seed, 2e-3) for seed in (1, 2)]
+    rows += [row(seed=seed, lr=2e-3) for seed in (1, 2)]
+    assert wanted([e], rows) == []
+
+
+def test_a_lower_perplexity_is_the_better_one():
+    e = Entry("wikipedia", "lora", 1.0, GRID)
+    rows = [row(task="wikipedia", lr=lr, validation=v) for lr, v in zip(GRID, (30.0, 40.0))]
+    assert chosen_rate(e, rows) == 1e-3
+
+
+def test_a_run_that_diverged_is_never_the_best():
+    e = Entry("wikipedia", "lora", 1.0, GRID)
+    rows = [row(task="wikipedia", lr=1e-3, validation=30.0), row(task="wikipedia", lr=2e-3, validation=1.0)]
+    rows[1] = dataclasses.replace(rows[1], loss=None)
+    assert chosen_rate(e, rows) == 1e-3
+
+
+def test_every_entry_of_the_matrix_is_a_method_that_exists_and_no_grid_is_larger():
+    for stage in matrix.STAGES.values():
+        for e in stage():
+            assert methods.variant(e.method) or e.method in methods.METHODS
+            assert e.task in tasks.TASKS
+            assert 0 < e.budget <= 1
+            assert len(e.grid) in (1, 3)
+    names = [(e.task, e.method, e.budget) for e in matrix.comparison()]
+    assert {(t, m) for t, m, _ in names} >= {(t, m) for t in tasks.TEXT for m in methods.METHODS}
+
+
+def test_settings_are_read_from_the_name():
+    chosen = methods.variant("jactus[union=weight+covariance,union_share=0.1,leave_dense=True,calibration=64]")
+    assert chosen.config == JactusConfig(
+        accounting="folded", union=("weight", "covariance"), union_share=0.1, leave_dense=True
+    )
+    assert chosen.calibration == 64
+    assert methods.variant("lora") is None
+    with pytest.raises(JactusError, match="no field"):
+        methods.variant("jactus[colour=red]")
+
+
+def test_the_table_shows_mean_spread_and_paired_difference():
+    rows = []
+    for task in tasks.TEXT:
+        for method, lift, budget in (("lora", 0.0, 1.0), ("jactus", 0.02, 0.8)):
+            for seed, value in enumerate((0.80, 0.82, 0.87)):
+                rates = methods.rates(method) if seed == 0 else (methods.rates(method)[0],)
+                for k, lr in enumerate(rates):
+                    rows.append(row(method, seed, lr, value + lift - 0.1 * k, 0.9 - k, task=task, budget=budget))
+    text = figures.tables(rows)
+    assert "83.00 ± 3.61" in text  # LoRA
+    assert "85.00 ± 3.61" in text
+    assert "+2.00 ± 0.00" in text
+
+
+def test_the_plot_is_written(tmp_path):
+    rows = [row("lora", 0, lr, task="movies") for lr in methods.rates("lora")]
+    figures.plot(rows, tmp_path / "p" / "plot.png")
+    assert (tmp_path / "p" / "plot.png").stat().st_size > 1000
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    """A task whose label is whether more than half of the words are above the middle of the vocabulary."""
+    monkeypatch.setenv("JACTUS_CACHE", str(tmp_path))
+
+    def load():
+        torch.manual_seed(1)
+        config = BertConfig(
+            vocab_size=32,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=64,
+            num_labels=2,
+        )
+        ids = torch.randint(1, 32, (320, 7))
+        data = Encoded(ids.tolist(), ((ids > 16).sum(1) > 3).long().tolist(), 0)
+        return tasks.Case(MeanPooledClassifier(config).eval(), data[:192], data[192:256], data[256:])
+
+    monkeypatch.setitem(
+        tasks.TASKS, "tiny", tasks.Task("tiny", "accuracy", load, epochs=6, batch_size=16, calibration=64)
+    )
+
+
+@pytest.mark.parametrize("method", ["jactus[rank_multiple=4]", "lora", "svd-llm+lora"])
+def test_a_cell_gives_a_row_before_and_after_training(tiny, method):
+    compressed = method != "lora"
+    rows = cell.measure(Cell("tiny", method, 0.7, 3, 5e-3), torch.get_num_threads(), None, untrained=compressed)
+    assert [r.phase for r in rows] == ["untrained", "trained"][not compressed :]
+    assert rows[-1].value > 0.8  # a guess is right half the time
+    assert rows[-1].loss < 0.5
+    assert rows[-1].folded < rows[-1].stored
+    assert 0 < rows[-1].trainable < rows[-1].stored
+    assert (rows[-1].seed, rows[-1].lr, rows[-1].budget) == (3, 5e-3, 0.7)
+
+
+def test_a_cell_is_the_same_twice(tiny):
+    wanted = Cell("tiny", "jactus[rank_multiple=4]", 0.7, 0, 5e-3)
+    first, second = (cell.measure(wanted, torch.get_num_threads(), None, untrained=True) for _ in range(2))
+    drop = {"train_seconds": None, "peak_bytes": None}
+    assert [dataclasses.replace(r, **drop) for r in first] == [dataclasses.replace(r, **drop) for r in second]
+
+
+def test_a_run_that_diverges_is_a_row_without_a_loss(tiny):
+    rows = cell.measure(Cell("tiny", "full", 1.0, 0, 1e30), torch.get_num_threads(), None, untrained=False)
+    assert rows[-1].loss is None
