@@ -50,7 +50,7 @@ class JactusConfig:
         "Where directions come from: 'weight' (SVD in the metric; always), 'covariance' (leading eigenvectors of G and "
         "A: the paper's), 'gradient' (leading singular vectors of the mean gradient: our addition).",
     )
-    union_share: float = option(0.25, "The part of each rank given to the sources other than 'weight', in [0, 1).")
+    union_share: float = option(0.1, "The part of each rank given to the sources other than 'weight', in [0, 1).")
     coordinates: str = option(
         "fisher",
         "Coordinates of the core: 'fisher' whitens the bases by the metric (by G and A under metric='fisher'), so that "
@@ -64,10 +64,11 @@ class JactusConfig:
         "The least rank of a layer under 'global': an int is a rank, a float in [0, 1] a part of the layer's uniform "
         "rank. A floor keeps core parameters to adapt with in layers that are easy to compress (measured).",
     )
-    leave_dense: bool = option(
-        False,
-        "Whether a layer may stay dense where that preserves more per unit of cost than rank elsewhere. Right for a model "
-        "that will not be trained; otherwise a dense layer has no core to adapt with. (A budget of 1 is always dense.)",
+    leave_dense: bool | None = option(
+        None,
+        "Whether a layer may stay dense where that preserves more per unit of cost than rank elsewhere; None: in language "
+        "models, whose loss is to be preserved, and not where a task head trains, since a dense layer has no core to adapt "
+        "with (both measured). A plan says which it was. (A budget of 1 is always dense.)",
     )
     rank_multiple: int = option(
         16, "Ranks are multiples of this, so that rows stay aligned for tiles and vector loads."
@@ -122,6 +123,7 @@ class JactusConfig:
             and (not _number(self.damping) or self.coordinate_damping >= self.damping),
             "allocation": self.allocation in ("global", "uniform"),
             "rank_floor": _whole(self.rank_floor) or (_number(self.rank_floor) and self.rank_floor <= 1),
+            "leave_dense": self.leave_dense is None or isinstance(self.leave_dense, bool),
             "rank_multiple": _whole(self.rank_multiple) and self.rank_multiple >= 1,
             "statistics_dtype": self.statistics_dtype in ("float32", "float64"),
             "statistics_device": self.statistics_device is None or _is_device(self.statistics_device),

@@ -11,7 +11,7 @@ from .config import JactusConfig
 from .plan import Plan, PlannedLayer, with_ranks
 from .statistics import Statistics
 from .subspace import Directions, Side, directions, metric_factor, task_rank
-from .targets import Target, find_targets
+from .targets import Target, find_targets, output_embedding
 
 
 def plan(
@@ -28,6 +28,8 @@ def plan(
         raise JactusError(
             f"plan takes (model, statistics, config), got ({type(model).__name__}, {type(statistics).__name__}, …)"
         )
+    if config.leave_dense is None:
+        config = config.replace(leave_dense=output_embedding(model) is not None)
     targets = find_targets(model, config)
     needs_any = config.needs_input or config.needs_output or config.needs_gradient
     if statistics is None and needs_any:

@@ -7,7 +7,7 @@ import torch
 
 import jactus
 from jactus import JactusConfig, JactusError, Plan
-from tests.models import BERT, SMALL, T5
+from tests.models import BERT, LLAMA, SMALL, T5, VIT
 
 
 @pytest.fixture(scope="module")
@@ -167,3 +167,13 @@ def test_the_defaults_are_what_the_help_says():
     config = JactusConfig()
     assert JactusConfig.from_dict(config.to_dict()) == config
     assert hash(config) == hash(JactusConfig(target_modules="all-linear"))
+
+
+@pytest.mark.parametrize(("family", "dense"), [(LLAMA, True), (T5, True), (BERT, False), (VIT, False)])
+def test_unless_told_otherwise_layers_stay_dense_in_language_models_only(family, dense):
+    model = family.model()
+    config = JactusConfig(rank_multiple=2)
+    plan = jactus.plan(model, jactus.calibrate(model, family.batches(), config, progress=False), config, progress=False)
+    assert plan.config.leave_dense is dense
+    chosen = jactus.plan(model, None, JactusConfig(metric="identity", union=("weight",), leave_dense=not dense))
+    assert chosen.config.leave_dense is not dense
