@@ -22,7 +22,7 @@ from .baselines import full_fine_tuning, lora, optimizer_bytes, trainable_parame
 from .data import sarcasm
 from .models import MeanPooledClassifier, minilm
 from .report import Row, environment, methods_table, table, write_json
-from .training import Encoded, accuracy, batches, encode, latency, logits, share_right, train
+from .training import Encoded, accuracy, batches, encode, faster_dtype, latency, logits, share_right, train
 
 # Each method's own best on the validation rows: `python -m bench.learning_rates`.
 LEARNING_RATES = {"full": 2e-4, "lora": 2e-3, "jactus": 4e-3}
@@ -114,21 +114,6 @@ def main() -> None:
     facts = environment(args.seed)
     print(", ".join(f"{key} {value}" for key, value in facts.items()))
     write_json(args.out / "result.json", rows, latency={"header": header, "rows": timings}, environment=facts)
-
-
-def faster_dtype() -> torch.dtype | None:
-    """bfloat16 where this processor multiplies it faster than float32 (a matter of its instructions), else None."""
-
-    def seconds(dtype: torch.dtype) -> float:
-        a = torch.randn(1024, 1024).to(dtype)
-        times = []
-        for _ in range(6):
-            t = time.perf_counter()
-            a @ a
-            times.append(time.perf_counter() - t)
-        return min(times[1:])
-
-    return torch.bfloat16 if seconds(torch.bfloat16) < 0.8 * seconds(torch.float32) else None
 
 
 def deploy(model: nn.Module, unfolded: Tensor, folder: Path, test: Encoded) -> nn.Module:

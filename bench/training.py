@@ -42,6 +42,10 @@ class Encoded:
         labels = None if self.labels is None else [self.labels[i] for i in chosen]
         return Encoded([self.rows[i] for i in chosen], labels, self.pad_id)
 
+    def lengths(self) -> list[int]:
+        """Tokens of each example."""
+        return [len(row) for row in self.rows]
+
     def batch(self, chosen: Sequence[int]) -> Batch:
         """Pad the chosen rows on the right: input_ids and attention_mask (B, T), labels (B,) or (B, T)."""
         rows = [self.rows[i] for i in chosen]
@@ -52,6 +56,36 @@ class Encoded:
             ids.masked_fill(mask == 0, -100) if self.labels is None else torch.tensor([self.labels[i] for i in chosen])
         )
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+@dataclass(frozen=True, eq=False)  # tensors have no == that is true or false
+class Images:
+    """Images of one size, (N, channels, height, width) of bytes, and their integer labels."""
+
+    pixels: Tensor
+    labels: list[int]
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, rows: slice) -> "Images":
+        return Images(self.pixels[rows], self.labels[rows])
+
+    def take(self, chosen: Sequence[int]) -> "Images":
+        """The chosen examples, in that order."""
+        return Images(self.pixels[list(chosen)], [self.labels[i] for i in chosen])
+
+    def lengths(self) -> list[int]:
+        """The same for every example: no batch of images is padded."""
+        return [1] * len(self)
+
+    def batch(self, chosen: Sequence[int]) -> Batch:
+        """pixel_values (B, channels, height, width), float32 in -1…1 (as ViTImageProcessor has it), and labels (B,)."""
+        pixels = self.pixels[list(chosen)].float() / 127.5 - 1
+        return {"pixel_values": pixels, "labels": torch.tensor([self.labels[i] for i in chosen])}
+
+
+Examples = Encoded | Images
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, split: Split, max_length: int = 64) -> Encoded:
@@ -74,7 +108,7 @@ def token_blocks(tokenizer: PreTrainedTokenizerBase, lines: Sequence[str], lengt
 class Batches:
     """Batches of `encoded`, in the same order each time they are iterated; `order` holds each batch's row numbers."""
 
-    encoded: Encoded
+    encoded: Examples
     order: list[list[int]]
 
     def __len__(self) -> int:
@@ -84,7 +118,7 @@ class Batches:
         return (self.encoded.batch(chosen) for chosen in self.order)
 
 
-def batches(encoded: Encoded, batch_size: int = 32, seed: int | None = None) -> Batches:
+def batches(encoded: Examples, batch_size: int = 32, seed: int | None = None) -> Batches:
     """Cut examples into batches of like length.
 
     Args:
@@ -95,7 +129,7 @@ def batches(encoded: Encoded, batch_size: int = 32, seed: int | None = None) -> 
             keeps training random.
     """
     rows = list(range(len(encoded)))
-    lengths = [len(row) for row in encoded.rows]
+    lengths = encoded.lengths()
     if seed is None:
         rows.sort(key=lengths.__getitem__)
         return Batches(encoded, _cut(rows, batch_size))
@@ -118,7 +152,7 @@ class Trained:
 
 def train(
     model: nn.Module,
-    encoded: Encoded,
+    encoded: Examples,
     lr: float,
     epochs: int = 2,
     batch_size: int = 32,
@@ -171,8 +205,23 @@ def train(
     return Trained(time.perf_counter() - started, steps, sum(tail) / len(tail))
 
 
+def faster_dtype() -> torch.dtype | None:
+    """bfloat16 where this processor multiplies it faster than float32 (a matter of its instructions), else None."""
+
+    def seconds(dtype: torch.dtype) -> float:
+        a = torch.randn(1024, 1024).to(dtype)
+        times = []
+        for _ in range(6):
+            t = time.perf_counter()
+            a @ a
+            times.append(time.perf_counter() - t)
+        return min(times[1:])
+
+    return torch.bfloat16 if seconds(torch.bfloat16) < 0.8 * seconds(torch.float32) else None
+
+
 @torch.no_grad()
-def logits(model: nn.Module, encoded: Encoded, batch_size: int = 64) -> Tensor:
+def logits(model: nn.Module, encoded: Examples, batch_size: int = 64) -> Tensor:
     """Logits of every example, (rows, classes), float32 on CPU, in the order of `encoded`."""
     device = next(model.parameters()).device
     model.eval()
@@ -181,12 +230,12 @@ def logits(model: nn.Module, encoded: Encoded, batch_size: int = 64) -> Tensor:
     return torch.empty_like(found).index_copy_(0, torch.tensor(list(chain.from_iterable(cut.order))), found)
 
 
-def accuracy(model: nn.Module, encoded: Encoded, batch_size: int = 64) -> float:
+def accuracy(model: nn.Module, encoded: Examples, batch_size: int = 64) -> float:
     """Share of examples whose largest logit is their label, 0…1."""
     return share_right(logits(model, encoded, batch_size), encoded)
 
 
-def share_right(found: Tensor, encoded: Encoded) -> float:
+def share_right(found: Tensor, encoded: Examples) -> float:
     """Share of the rows of logits (rows, classes) that are largest at their label, 0…1."""
     return (found.argmax(1) == torch.tensor(encoded.labels)).double().mean().item()
 

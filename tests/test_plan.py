@@ -175,5 +175,6 @@ def test_unless_told_otherwise_layers_stay_dense_in_language_models_only(family,
     config = JactusConfig(rank_multiple=2)
     plan = jactus.plan(model, jactus.calibrate(model, family.batches(), config, progress=False), config, progress=False)
     assert plan.config.leave_dense is dense
-    chosen = jactus.plan(model, None, JactusConfig(metric="identity", union=("weight",), leave_dense=not dense))
+    told = config.replace(metric="identity", union=("weight",), leave_dense=not dense)
+    chosen = jactus.plan(model, None, told, progress=False)
     assert chosen.config.leave_dense is not dense

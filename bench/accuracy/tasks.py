@@ -13,9 +13,9 @@ from torch import nn
 
 import jactus
 
-from .. import data, models
+from .. import data, models, vision
 from ..fetch import cache_folder
-from ..training import Encoded, accuracy, batches, encode, perplexity, token_blocks
+from ..training import Encoded, Examples, accuracy, batches, encode, perplexity, token_blocks
 
 TOKENS = 32  # of a newsgroup article: subject and first line, so that what must be learnt is in the words
 BLOCK = 128  # tokens of a language-modelling example
@@ -26,9 +26,9 @@ class Case:
     """A model as its makers left it, under a fresh head, and the splits; nothing random but the head."""
 
     model: nn.Module
-    training: Encoded
-    validation: Encoded
-    test: Encoded
+    training: Examples
+    validation: Examples
+    test: Examples
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Task:
     calibration: int = 2000
     rate: float = 1.0
 
-    def score(self, model: nn.Module, examples: Encoded) -> float:
+    def score(self, model: nn.Module, examples: Examples) -> float:
         return accuracy(model, examples) if self.metric == "accuracy" else perplexity(model, examples)
 
     def better(self, a: float, b: float) -> bool:
@@ -63,25 +63,32 @@ def _text(load: Callable[[], data.TextTask], length: int, rows: tuple[int, int])
 
 
 def _language(lines: Callable[[], list[str]], training_blocks: int) -> Case:
-    """The first 100 lines are the test's, the next 50 validation's."""
+    """The first 50 lines are the test's, the next 25 validation's."""
     model, tokenizer = models.smollm2()
-    cuts = (lines()[:100], lines()[100:150], lines()[150:])
+    cuts = (lines()[:50], lines()[50:75], lines()[75:])
     test, validation, training = (token_blocks(tokenizer, part, BLOCK) for part in cuts)
     return Case(model, training[:training_blocks], validation, test)
+
+
+def _digits() -> Case:
+    task = vision.mnist_digits()
+    return Case(vision.fashion_vit(10), task.train, task.validation, task.test)
 
 
 def _table(*tasks: Task) -> dict[str, Task]:
     return {task.name: task for task in tasks}
 
 
-LANGUAGE: dict[str, Any] = {"metric": "perplexity", "epochs": 1, "batch_size": 8, "calibration": 256, "rate": 0.25}
+LANGUAGE: dict[str, Any] = {"metric": "perplexity", "epochs": 1, "batch_size": 8, "calibration": 128, "rate": 0.25}
 TASKS = _table(
     Task("sarcasm", "accuracy", functools.partial(_text, data.sarcasm, 64, (6000, 4500))),
     Task("movies", "accuracy", functools.partial(_text, data.movies, 64, (3000, 4000))),
     Task("newsgroups", "accuracy", functools.partial(_text, data.newsgroups, TOKENS, (3000, 4000))),
-    Task("wikipedia", load=functools.partial(_language, data.wikipedia_lines, 256), **LANGUAGE),
-    Task("openwebtext", load=functools.partial(_language, data.openwebtext_lines, 256), **LANGUAGE),
+    Task("digits", "accuracy", _digits, calibration=1000),
+    Task("wikipedia", load=functools.partial(_language, data.wikipedia_lines, 128), **LANGUAGE),
+    Task("openwebtext", load=functools.partial(_language, data.openwebtext_lines, 128), **LANGUAGE),
 )
+VISION = ("digits",)
 TEXT = ("sarcasm", "movies", "newsgroups")
 LANGUAGES = ("wikipedia", "openwebtext")
 
