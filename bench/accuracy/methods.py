@@ -1,5 +1,6 @@
 """Methods by name. `jactus[union_share=0,metric=input]` is JACTUS with other settings than its defaults: an ablation."""
 
+import ast
 import re
 from dataclasses import dataclass, fields
 
@@ -20,7 +21,6 @@ RATES = {
     "full": (1e-4, 2e-4, 4e-4),
     "pissa": (5e-4, 1e-3, 2e-3),
     "corda": (5e-4, 1e-3, 2e-3),
-    "jactus": (2e-3, 4e-3, 8e-3),
 }
 OTHER_RATES = (1e-3, 2e-3, 4e-3)
 
@@ -44,7 +44,7 @@ def variant(method: str) -> Variant | None:
     found = re.fullmatch(r"jactus(?:\[(.*)\])?", method)
     if not found:
         return None
-    known = {f.name: f for f in fields(jactus.JactusConfig)}
+    known = {f.name: f.default for f in fields(jactus.JactusConfig)}
     changes: dict = {}
     own: dict = {}
     for part in filter(None, (found[1] or "").split(",")):
@@ -52,20 +52,18 @@ def variant(method: str) -> Variant | None:
         if name in ("calibration", "head"):
             own[name] = int(text) if name == "calibration" else text
         elif name in known:
-            changes[name] = _value(text, known[name].default)
+            changes[name] = _value(text, known[name])
         else:
             raise JactusError(f"{method}: {name!r} is no field of JactusConfig, nor 'calibration' or 'head'")
     return Variant(changes, **own)
 
 
 def _value(text: str, default: object) -> object:
-    if isinstance(default, bool):
-        return text == "True"
     if isinstance(default, tuple):
         return tuple(text.split("+"))
     try:
-        return int(text) if re.fullmatch(r"\d+", text) else float(text)
-    except ValueError:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):  # a word
         return text
 
 

@@ -15,7 +15,7 @@ import jactus
 
 from .. import data, models, vision
 from ..fetch import cache_folder
-from ..training import Encoded, Examples, accuracy, batches, encode, perplexity, token_blocks
+from ..training import Examples, accuracy, batches, encode, perplexity, token_blocks
 
 TOKENS = 32  # of a newsgroup article: subject and first line, so that what must be learnt is in the words
 BLOCK = 128  # tokens of a language-modelling example
