@@ -139,6 +139,11 @@ def test_budgets_are_met_and_used(budget, family):
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_cersa_takes_the_largest_common_energy_that_fits(budget):
     model = LLAMA.model()
+    flat, *peaked = find_targets(model, JactusConfig()).values()
+    # almost flat, it reaches the cap on its rank long before the others; quite flat, its directions were arbitrary
+    torch.nn.init.orthogonal_(flat.module.weight).data.mul_(torch.linspace(1, 0.9, 16))
+    for target in peaked:
+        target.module.weight.data += 0.2
     plan = jactus.plan(model, None, compressors.CERSA, progress=False)
     energy, ranks = compressors.energy_ranks(plan, budget)
 
@@ -156,6 +161,7 @@ def test_cersa_takes_the_largest_common_energy_that_fits(budget):
 
     # a hair below and above the level, at which the two computations may round differently
     assert wanted(energy - 1e-9) == ranks
+    assert ranks[flat.name] == 7  # 16×16: 8 would cost as much as dense
     assert cost(ranks) <= budget * plan.dense_parameters < cost(wanted(energy + 1e-9))
     small = jactus.layers.compressed_layers(compressors.cersa(copy.deepcopy(model), None, budget))
     assert {k: layer.rank for k, layer in small.items()} == ranks
@@ -164,7 +170,8 @@ def test_cersa_takes_the_largest_common_energy_that_fits(budget):
             torch.testing.assert_close(basis.T @ basis, torch.eye(layer.rank), rtol=0, atol=1e-5)
         U, S, Vh = torch.linalg.svd(model.get_submodule(name).weight, full_matrices=False)
         truncated = U[:, : layer.rank] * S[: layer.rank] @ Vh[: layer.rank]
-        torch.testing.assert_close(layer.dense().weight, truncated, rtol=1e-4, atol=1e-6)
+        # float32 rounding, 1e-7, over gaps of 0.007 between singular values turns directions by about 2e-5
+        torch.testing.assert_close(layer.dense().weight, truncated, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", [VIT, LLAMA], ids=lambda f: f.name)
