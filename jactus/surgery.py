@@ -1,5 +1,7 @@
 """Step 5 and 6 on a model: put the three factors in, fold them to two, or multiply them out again."""
 
+import math
+
 import torch
 from torch import nn
 
@@ -35,23 +37,44 @@ def compress(model: nn.Module, plan: Plan) -> nn.Module:
                 f"the plan is of another model: {name} ({layer.m}×{layer.n}) is planned, and this {type(model).__name__} "
                 f"{found}; plan this model (and compress before training it, not after)"
             )
+    steps = step_scales(plan)
     for name, layer in plan.layers.items():
         rank = plan.ranks[name]
         if rank is not None:
-            replace_module(model, name, core_linear_from(layer, rank, targets[name].module, plan.config))
+            new = core_linear_from(layer, rank, targets[name].module, plan.config, steps[name])
+            replace_module(model, name, new)
     mark_trainable(model, plan.config.trainable_extras)
     return model
 
 
+def step_scales(plan: Plan) -> dict[str, float]:
+    """How much faster than the average each layer moves for the same step of its core: `JactusConfig.step_scaling`.
+
+    1 for all where the coordinates are not 'fisher' or the metric is the identity on both sides. Layers that stay dense
+    count too, so that a layer's steps do not depend on the budget.
+    """
+    sizes = {name: math.sqrt((layer.scales[0] or 1) * (layer.scales[1] or 1)) for name, layer in plan.layers.items()}
+    if plan.config.coordinates != "fisher":
+        return dict.fromkeys(sizes, 1.0)
+    average = math.fsum(map(math.log, sizes.values())) / len(sizes)
+    return {name: math.exp(plan.config.step_scaling * (math.log(s) - average)) for name, s in sizes.items()}
+
+
 @torch.no_grad()
-def core_linear_from(layer: PlannedLayer, rank: int, old: nn.Module, config: JactusConfig) -> CoreLinear:
-    """The three-factor layer of a planned layer at `rank`, with the bias, device, dtype and mode of the old one."""
+def core_linear_from(
+    layer: PlannedLayer, rank: int, old: nn.Module, config: JactusConfig, step: float = 1.0
+) -> CoreLinear:
+    """The three-factor layer of a planned layer at `rank`, with the bias, device, dtype and mode of the old one.
+
+    step: the core is divided by it and U multiplied, so that equal steps of the core move the layer so much more.
+    """
     weight: torch.Tensor = old.weight  # type: ignore[assignment]
     # A core of which only the leading block trains has the directions for learning lead.
     U, C, V = layer.directions.factors(rank, layer.share(config), task_first=config.trainable_rank is not None)
     extra = config.coordinate_damping - config.damping
     whiten = config.coordinates == "fisher"
     U, C, V = change_coordinates(U, C, V, whiten, extra * layer.scales[0], extra * layer.scales[1])
+    U, C = U * step, C / step
     basis = getattr(torch, config.dtype) if config.dtype else weight.dtype
     with torch.device("meta"):
         new = CoreLinear(layer.m, layer.n, rank, trainable_rank=config.trainable_rank, transposed=_is_transposed(old))

@@ -38,6 +38,8 @@ def calibrate(model, batches, config=SMALL, **kwargs):
         {"union_share": 1.0},
         {"union_share": -0.1},
         {"coordinates": "polar"},
+        {"step_scaling": 2.0},
+        {"leave_dense": 1},
         {"coordinate_damping": 0.001},
         {"allocation": "best"},
         {"rank_floor": -1},

@@ -178,3 +178,19 @@ def test_unless_told_otherwise_layers_stay_dense_in_language_models_only(family,
     told = config.replace(metric="identity", union=("weight",), leave_dense=not dense)
     chosen = jactus.plan(model, None, told, progress=False)
     assert chosen.config.leave_dense is not dense
+
+
+def test_layers_the_gradient_reaches_more_strongly_move_faster(bert):
+    model, statistics = bert
+    scaled = jactus.compress(copy.deepcopy(model), planned(bert, budget=0.5, step_scaling=0.5))
+    alike = jactus.compress(copy.deepcopy(model), planned(bert, budget=0.5, step_scaling=0.0))
+    sizes, factors = [], []
+    for name in statistics.layers:
+        A, G = statistics.input_covariance(name), statistics.output_covariance(name)
+        sizes.append(float((A.diagonal().mean() * G.diagonal().mean()).sqrt()))
+        a, b = scaled.get_submodule(name), alike.get_submodule(name)
+        factors.append(float(a.U.norm() / b.U.norm()))
+        torch.testing.assert_close(a.U @ a.core, b.U @ b.core, rtol=1e-4, atol=1e-6)  # float32 storage of both
+    sizes, factors = torch.tensor(sizes), torch.tensor(factors)
+    torch.testing.assert_close(factors, (sizes / sizes.log().mean().exp()).sqrt(), rtol=1e-5, atol=0)
+    assert factors.max() > 1.2 * factors.min()

@@ -55,7 +55,7 @@ def summaries(rows: list[Row], entries, tasks: Sequence[str]) -> list[Summary]:
                 after[task] = {
                     r.seed: r.value for r in here if r.phase == "trained" and r.lr == lr and r.loss is not None
                 }
-        if any(after.values()):
+        if any(after.values()) or any(before.values()):
             found.append(Summary(method, budget, before, after, mine[-1], rates))
     return found
 
