@@ -1,6 +1,8 @@
 """Measure one cell, in a process of its own: load, build, score, train, score."""
 
 import contextlib
+import ctypes
+import gc
 import re
 import sys
 from pathlib import Path
@@ -17,6 +19,9 @@ from .store import Cell, Row
 from .tasks import TASKS, calibrated, calibration_batches, prepared
 
 
+FEW = 256  # examples that peers look at themselves: PEFT's collectors take a quarter of a second for each
+
+
 def measure(cell: Cell, threads: int, autocast: torch.dtype | None, untrained: bool) -> list[Row]:
     """The cell's rows: before training if `untrained`, and after it (with no loss where training diverged)."""
     torch.set_num_threads(threads)
@@ -25,7 +30,7 @@ def measure(cell: Cell, threads: int, autocast: torch.dtype | None, untrained: b
     seen = seen or task.calibration
     case = prepared(task, head, cell.seed)
     statistics = calibrated(task, case, seen, cell.seed, head, autocast)
-    context = Context(statistics, calibration_batches(task, case, seen, cell.seed), cell.seed)
+    context = Context(statistics, calibration_batches(task, case, min(seen, FEW), cell.seed), cell.seed)
     model = build(cell.method, case.model, context, cell.budget)
     del statistics, context
     size = sizes(model)
@@ -66,5 +71,9 @@ def _memory(kind: str) -> int | None:
 
 def _forget_peak() -> None:
     """Let VmHWM start again from what is resident now."""
-    with contextlib.suppress(OSError):  # another system, or not allowed: the peak then includes calibration
+    gc.collect()
+    with contextlib.suppress(
+        OSError, AttributeError
+    ):  # another system, or not allowed: the peak then includes calibration
+        ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")

@@ -134,11 +134,14 @@ def eva(model: nn.Module, context: Context, budget: float = 1.0) -> PeftModel:
 
 
 def eigentune(model: nn.Module, context: Context, budget: float = 1.0) -> nn.Module:
-    """eigentune's spectral core: an r×r matrix between the leading singular vectors of each weight, beside the weight."""
+    """eigentune's spectral core: an r×r matrix between the leading singular vectors of each weight, beside the weight.
+
+    Four times the adapters' rank (64, the most its kernels take): at 16 it would train a fiftieth of what LoRA does.
+    """
     names, head = list(find_targets(model, JactusConfig())), head_parameters(model)
     get_eigentune_model(
         model,
-        EigenTuneConfig(rank=context.rank, method="spectral_core", target_modules=names, exclude_modules=[]),
+        EigenTuneConfig(rank=4 * context.rank, method="spectral_core", target_modules=names, exclude_modules=[]),
     )
     for parameter in head.values():
         parameter.requires_grad_(True)
