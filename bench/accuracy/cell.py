@@ -18,7 +18,6 @@ from .peers import Context, sizes
 from .store import Cell, Row
 from .tasks import TASKS, calibrated, calibration_batches, prepared
 
-
 FEW = 256  # examples that peers look at themselves: PEFT's collectors take a quarter of a second for each
 
 
