@@ -26,7 +26,8 @@ setup(
         "xxhash",  # checkpoint digests at memory speed; sha256 would double the time of a load
     ],
     extras_require={
-        "test": ["pytest", "pytest-benchmark"],
+        "examples": ["pillow", "psutil"],
+        "test": ["pytest", "pytest-benchmark", "pillow", "psutil"],
         "bench": ["peft", "gguf"],
         "lint": ["ruff==0.17.6", "mypy==2.4.1"],
     },
