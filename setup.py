@@ -26,8 +26,10 @@ setup(
         "xxhash",  # checkpoint digests at memory speed; sha256 would double the time of a load
     ],
     extras_require={
-        "test": ["pytest", "pytest-benchmark"],
-        "bench": ["peft", "attrs", "eigentune==0.2.0", "gguf"],  # PEFT's CorDA imports attrs without declaring it
+        "examples": ["pillow", "psutil"],
+        "test": ["pytest", "pytest-benchmark", "pillow", "psutil"],
+        # PEFT's CorDA imports attrs without declaring it
+        "bench": ["peft", "attrs", "eigentune==0.2.0", "filelock", "gguf"],
         "lint": ["ruff==0.17.6", "mypy==2.4.1"],
     },
 )
