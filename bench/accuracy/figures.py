@@ -11,9 +11,9 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 from ..report import table
-from .matrix import ablations, comparison, entry_rate, language
+from .matrix import SEEDS, ablations, comparison, entry_rate, images, language
 from .store import Row
-from .tasks import LANGUAGES, TASKS, TEXT
+from .tasks import LANGUAGES, TASKS, TEXT, VISION
 
 Scores = dict[int, float]  # by seed
 
@@ -27,7 +27,6 @@ class Summary:
     untrained: dict[str, Scores]
     trained: dict[str, Scores]
     sizes: Row
-    rates: dict[str, float]
 
     @property
     def name(self) -> str:
@@ -44,51 +43,51 @@ def summaries(rows: list[Row], entries, tasks: Sequence[str]) -> list[Summary]:
     found = []
     for method, budget in dict.fromkeys((e.method, e.budget) for e in entries):
         mine = [r for r in rows if (r.method, r.budget) == (method, budget) and r.task in tasks]
-        rates, before, after = {}, {}, {}
+        before, after = {}, {}
         for task in tasks:
             here = [r for r in mine if r.task == task]
             before[task] = {r.seed: r.value for r in here if r.phase == "untrained"}
             e = next((e for e in entries if (e.task, e.method, e.budget) == (task, method, budget)), None)
             lr = None if e is None else entry_rate(e, rows)
             if lr is not None:
-                rates[task] = lr
                 after[task] = {
                     r.seed: r.value for r in here if r.phase == "trained" and r.lr == lr and r.loss is not None
                 }
         if any(after.values()) or any(before.values()):
-            found.append(Summary(method, budget, before, after, mine[-1], rates))
+            found.append(Summary(method, budget, before, after, mine[-1]))
     return found
 
 
 def tables(rows: list[Row]) -> str:
     """Everything that was measured, as Markdown."""
     parts = []
-    text = summaries(rows, list(comparison()), TEXT)
-    if text:
-        parts += ["### Accuracy after training, %", _accuracy_table(text), _learning_rates(text, TEXT)]
+    for title, stage, tasks in (("text", comparison, TEXT), ("images", images, VISION)):
+        found = summaries(rows, list(stage()), tasks)
+        if found:
+            parts += [f"### Accuracy after training, %: {title}", _accuracy_table(found, tasks)]
     spoken = summaries(rows, list(language()), LANGUAGES)
     if spoken:
         parts += ["### Perplexity, untrained → trained", _language_table(spoken)]
     changed = summaries(rows, list(ablations()), TEXT)
-    if changed:
+    if len(changed) > 1:
         parts += ["### One setting changed at a time, 80%", _ablation_table(changed)]
-    machines = sorted({r.versions for r in rows})
-    return "\n\n".join([*parts, *machines])
+    parts += ["### Learning rates tried: validation score with the first seed", _learning_rates(rows)]
+    return "\n\n".join([*parts, *sorted({r.versions for r in rows})])
 
 
-def _accuracy_table(found: list[Summary]) -> str:
+def _accuracy_table(found: list[Summary], tasks: Sequence[str]) -> str:
     base = next((s for s in found if s.method == "lora"), None)
     lines = []
     for s in sorted(found, key=lambda s: (-s.budget, s.method != "full")):
-        mean = s.mean_by_seed(TEXT)
-        against = _paired(mean, base.mean_by_seed(TEXT)) if base and s is not base else "–"
-        untrained = [statistics.fmean(s.untrained[t].values()) for t in TEXT if s.untrained[t]]
-        before = f"{100 * statistics.fmean(untrained):.1f}" if len(untrained) == len(TEXT) else "–"
-        scores = [_spread(s.trained.get(task, {}), 100) for task in TEXT]
+        mean = s.mean_by_seed(tasks)
+        against = _paired(mean, base.mean_by_seed(tasks)) if base and s is not base else "–"
+        untrained = [statistics.fmean(s.untrained[t].values()) for t in tasks if s.untrained[t]]
+        before = f"{100 * statistics.fmean(untrained):.1f}" if len(untrained) == len(tasks) else "–"
+        scores = [_spread(s.trained.get(task, {}), 100) for task in tasks]
         lines.append((s.name, *scores, _spread(mean, 100), against, before, *_sizes(s.sizes)))
     header = (
         "method",
-        *TEXT,
+        *tasks,
         "mean",
         "− LoRA, paired",
         "untrained",
@@ -123,9 +122,24 @@ def _ablation_table(found: list[Summary]) -> str:
     return table(header, lines)
 
 
-def _learning_rates(found: list[Summary], tasks: Sequence[str]) -> str:
-    lines = [(s.name, *(f"{s.rates[t]:g}" if t in s.rates else "–" for t in tasks)) for s in found]
-    return "Learning rates, chosen on validation rows with the first seed:\n\n" + table(("method", *tasks), lines)
+def _learning_rates(rows: list[Row]) -> str:
+    """For each method, budget and task the rates tried, the best one first."""
+    tried: dict[tuple[str, str], list[Row]] = {}
+    for r in rows:
+        if r.phase == "trained" and r.seed == SEEDS[0]:
+            tried.setdefault((r.method if r.budget == 1 else f"{r.method} {r.budget:.0%}", r.task), []).append(r)
+    lines = []
+    for (name, task), found in tried.items():
+        sign = -1 if TASKS[task].metric == "accuracy" else 1
+        found.sort(key=lambda r: (r.loss is None, sign * (r.validation or 0)))
+        lines.append((name, task, ", ".join(f"{r.lr:g}: {_score(r)}" for r in found)))
+    return table(("method", "task", "rate: score"), lines)
+
+
+def _score(row: Row) -> str:
+    if row.loss is None or row.validation is None:
+        return "diverged"
+    return f"{100 * row.validation:.1f}" if row.metric == "accuracy" else f"{row.validation:.1f}"
 
 
 def _sizes(row: Row) -> tuple[str, ...]:
