@@ -64,7 +64,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16 while training")
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--epochs", type=float, default=10)
-    parser.add_argument("--learning-rate", type=float, default=4e-3, help="of the cores and the head")
+    parser.add_argument("--learning-rate", type=float, default=2e-3, help="of the cores and the head")
     parser.add_argument("--warmup", type=float, default=0.06, help="a part of all steps; from 1 on, a number")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--workers", type=int, default=4, help="processes that read images")
