@@ -1,6 +1,8 @@
 """The vision task: a small ViT, pretrained here on pictures of clothes (Fashion-MNIST), is adapted to digits (MNIST).
 
-No pretrained vision transformer was found in a package index, so this one is made at first use: ten minutes of one core.
+No pretrained vision transformer was found in a package index, so this one is made at first use: ten to thirteen minutes
+of one core, to 0.857 on the test clothes. Digits are far from clothes: a linear head on its features is right on 0.63 of
+them, and 2,000 digits and two epochs are far from enough to saturate.
 """
 
 import gzip
