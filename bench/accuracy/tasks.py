@@ -84,7 +84,7 @@ TASKS = _table(
     Task("sarcasm", "accuracy", functools.partial(_text, data.sarcasm, 64, (6000, 4500))),
     Task("movies", "accuracy", functools.partial(_text, data.movies, 64, (3000, 4000))),
     Task("newsgroups", "accuracy", functools.partial(_text, data.newsgroups, TOKENS, (3000, 4000))),
-    Task("digits", "accuracy", _digits, calibration=1000),
+    Task("digits", "accuracy", _digits, epochs=8, calibration=1000, rate=2.0),
     Task("wikipedia", load=functools.partial(_language, data.wikipedia_lines, 128), **LANGUAGE),
     Task("openwebtext", load=functools.partial(_language, data.openwebtext_lines, 128), **LANGUAGE),
 )
