@@ -20,7 +20,12 @@ from transformers import (
 import jactus
 from jactus import JactusConfig
 
-SMALL = JactusConfig(rank_multiple=2, union=("weight", "covariance", "gradient"), trainable_extras=("head", "bias"))
+SMALL = JactusConfig(
+    rank_multiple=2,
+    union=("weight", "covariance", "gradient"),
+    union_share=0.25,  # the default's tenth of a tiny rank would be no direction at all
+    trainable_extras=("head", "bias"),
+)
 EVERY = SMALL.replace(leave_dense=False, budget=0.7)  # no target stays dense
 
 
