@@ -1,7 +1,7 @@
 """The paper's language setting: Llama-2-7B, compressed and adapted to commonsense questions. A script to copy.
 
     python examples/llama_commonsense.py --model meta-llama/Llama-2-7b-hf --train commonsense_170k.json --test dataset
-        --output llama --dtype bfloat16 --bf16 --gradient-checkpointing --memory-limit 40e9
+        --output llama --dtype bfloat16 --bf16 --gradient-checkpointing --memory-limit 30e9
 
 MODEL is a local folder or a hub name. The data is LLM-Adapters': JSON lists of {"instruction", "input", "output",
 "answer"}, tests in TEST/<task>/test.json. docs/reproduce-paper.md says where each default comes from.
@@ -217,7 +217,7 @@ def by_likelihood(model: Any, tokenizer: Any, rows: list[dict[str, str]], batch_
 def by_generation(model: Any, tokenizer: Any, rows: list[dict[str, str]], batch_size: int) -> list[str]:
     """For each row the first candidate named in what the model writes, as LLM-Adapters counts; "" where there is none."""
     tokens = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    how, found = GenerationConfig(max_new_tokens=32, num_beams=4, **tokens), []
+    how, found = GenerationConfig(max_new_tokens=32, num_beams=4, do_sample=False, **tokens), []
     for start in tqdm(range(0, len(rows), batch_size), "evaluating", unit="batch"):
         part = rows[start : start + batch_size]
         asked = {"input_ids": [tokenizer(prompt(row))["input_ids"] for row in part]}

@@ -47,7 +47,7 @@ class Row:
 
 
 COLUMNS = [f.name for f in fields(Row)]
-KINDS = {f.name: getattr(f.type, "__name__", str(f.type)) for f in fields(Row)}
+KINDS = {f.name: f.type.__name__ if isinstance(f.type, type) else str(f.type) for f in fields(Row)}
 
 
 def read(file: Path) -> list[Row]:
