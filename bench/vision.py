@@ -149,11 +149,7 @@ def _unique(images: Images, seen: Iterable[bytes] = ()) -> Images:
         if key not in known:
             known.add(key)
             first.append(i)
-    return _take(images, first)
-
-
-def _take(images: Images, rows: list[int]) -> Images:
-    return Images(images.pixels[rows], [images.labels[i] for i in rows])
+    return images.take(first)
 
 
 def _shuffled_splits(images: Images, sizes: tuple[int, ...], seed: int, name: str) -> list[Images]:
@@ -165,7 +161,7 @@ def _shuffled_splits(images: Images, sizes: tuple[int, ...], seed: int, name: st
     order = list(range(len(images)))
     random.Random(seed).shuffle(order)
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    return [_take(images, order[start : start + size]) for start, size in zip(starts, sizes)]
+    return [images.take(order[start : start + size]) for start, size in zip(starts, sizes)]
 
 
 def _digit(file: Path, digit: int) -> Images:

@@ -14,6 +14,7 @@ SOURCES = ("weight", "covariance", "gradient")
 
 
 def option(default: Any, help: str) -> Any:
+    """A field of the configuration with its default and what it means."""
     return field(default=default, metadata={"help": help})
 
 

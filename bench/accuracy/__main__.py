@@ -9,6 +9,7 @@ import re
 import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -55,25 +56,28 @@ def run(entries: list[Entry], args: argparse.Namespace) -> None:
     running: dict[Future, Cell] = {}
     context = get_context("forkserver")  # forks of a clean process: imports are shared, thread pools are not
     context.set_forkserver_preload(["bench.accuracy.cell"])
-    with ProcessPoolExecutor(args.workers, context, max_tasks_per_child=1) as pool:
-        while True:
-            minutes = (time.monotonic() - started) / 60
-            rows = read(args.results)
-            cells = [c for c in wanted(entries, rows) if c not in failed and c not in running.values()]
-            while cells and minutes < args.minutes and len(running) < args.workers:
-                cell = cells.pop(0)
-                running[pool.submit(measure, cell, args.threads, autocast, lacks_untrained(cell, rows))] = cell
-            if not running:
-                break
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                cell = running.pop(future)
-                if error := future.exception():
-                    failed.add(cell)
-                    print(f"FAILED {cell}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-                else:
-                    append(args.results, future.result())
-                    for row in future.result():
-                        print(f"{minutes:6.1f} min  {_line(row)}", flush=True)
+    while True:
+        rows = read(args.results)
+        cells = [c for c in wanted(entries, rows) if c not in failed and c not in running.values()]
+        late = time.monotonic() - started >= 60 * args.minutes
+        while cells and not late and len(running) < args.workers:
+            cell = cells.pop(0)
+            same_but_rate = any(replace(other, lr=cell.lr) == cell for other in running.values())
+            untrained = lacks_untrained(cell, rows) and not same_but_rate
+            pool = ProcessPoolExecutor(1, context)  # of its own: a cell that is killed takes no other with it
+            running[pool.submit(measure, cell, args.threads, autocast, untrained)] = cell
+            pool.shutdown(wait=False)
+        if not running:
+            break
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            cell = running.pop(future)
+            if error := future.exception():
+                failed.add(cell)
+                print(f"FAILED {cell}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+                continue
+            append(args.results, future.result())
+            for row in future.result():
+                print(f"{(time.monotonic() - started) / 60:6.1f} min  {_line(row)}", flush=True)
     if failed:
         raise SystemExit(f"{len(failed)} cells failed; run again to retry them")
 

@@ -71,8 +71,7 @@ def _memory(kind: str) -> int | None:
 def _forget_peak() -> None:
     """Let VmHWM start again from what is resident now."""
     gc.collect()
-    with contextlib.suppress(
-        OSError, AttributeError
-    ):  # another system, or not allowed: the peak then includes calibration
+    # On another system, or where it is not allowed, the peak includes calibration.
+    with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")

@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 from ..report import table
-from .matrix import SEEDS, ablations, comparison, entry_rate, images, language
+from .matrix import SEEDS, ablations, chosen_rate, comparison, images, language
 from .store import Row
 from .tasks import LANGUAGES, TASKS, TEXT, VISION
 
@@ -30,12 +30,16 @@ class Summary:
 
     @property
     def name(self) -> str:
-        return self.method if self.budget == 1 else f"{self.method} {self.budget:.0%}"
+        return _named(self.method, self.budget)
 
     def mean_by_seed(self, tasks: Sequence[str]) -> Scores:
         """Mean over the tasks for each seed that has them all; empty when none does."""
         seeds = set.intersection(*(set(self.trained.get(task, ())) for task in tasks))
         return {s: statistics.fmean(self.trained[task][s] for task in tasks) for s in sorted(seeds)}
+
+
+def _named(method: str, budget: float) -> str:
+    return method if budget == 1 else f"{method} {budget:.0%}"
 
 
 def summaries(rows: list[Row], entries, tasks: Sequence[str]) -> list[Summary]:
@@ -48,7 +52,7 @@ def summaries(rows: list[Row], entries, tasks: Sequence[str]) -> list[Summary]:
             here = [r for r in mine if r.task == task]
             before[task] = {r.seed: r.value for r in here if r.phase == "untrained"}
             e = next((e for e in entries if (e.task, e.method, e.budget) == (task, method, budget)), None)
-            lr = None if e is None else entry_rate(e, rows)
+            lr = None if e is None else chosen_rate(e, rows)
             if lr is not None:
                 after[task] = {
                     r.seed: r.value for r in here if r.phase == "trained" and r.lr == lr and r.loss is not None
@@ -127,11 +131,10 @@ def _learning_rates(rows: list[Row]) -> str:
     tried: dict[tuple[str, str], list[Row]] = {}
     for r in rows:
         if r.phase == "trained" and r.seed == SEEDS[0]:
-            tried.setdefault((r.method if r.budget == 1 else f"{r.method} {r.budget:.0%}", r.task), []).append(r)
+            tried.setdefault((_named(r.method, r.budget), r.task), []).append(r)
     lines = []
     for (name, task), found in tried.items():
-        sign = -1 if TASKS[task].metric == "accuracy" else 1
-        found.sort(key=lambda r: (r.loss is None, sign * (r.validation or 0)))
+        found.sort(key=lambda r: (r.loss is not None, TASKS[task].merit(r.validation or 0)), reverse=True)
         lines.append((name, task, ", ".join(f"{r.lr:g}: {_score(r)}" for r in found)))
     return table(("method", "task", "rate: score"), lines)
 

@@ -26,7 +26,7 @@ def entry(task: str, method: str, budget: float, grid: tuple[float, ...] = (), s
     return Entry(task, method, budget, tuple(rate * lr for lr in grid or rates(method)), seeds)
 
 
-COMPRESSED = ("svd+lora", "fwsvd+lora", "asvd+lora", "svd-llm+lora")
+COMPRESSED = ("svd-llm+lora", "svd+lora", "asvd+lora", "fwsvd+lora", "cersa")
 WHOLE = ("full", "lora", "dora", "pissa", "corda", "eva", "eigentune")
 
 
@@ -35,14 +35,14 @@ def comparison() -> Iterator[Entry]:
     for method, budget in (("jactus", 0.8), ("lora", 1.0), ("full", 1.0), ("dora", 1.0), ("jactus", 0.5)):
         for task in TEXT:
             yield entry(task, method, budget)
-    for method in ("jactus", "svd-llm+lora", "svd+lora", "asvd+lora", "fwsvd+lora", "cersa"):
+    for method in ("jactus", *COMPRESSED):
         for task in TEXT:
             yield entry(task, method, 0.35)
     for method in WHOLE[3:]:
         for task in TEXT:
             yield entry(task, method, 1.0)
     for budget in (0.8, 0.5):
-        for method in ("svd-llm+lora", "cersa", *COMPRESSED):
+        for method in COMPRESSED:
             for task in TEXT:
                 yield entry(task, method, budget)
 
@@ -56,7 +56,7 @@ def language() -> Iterator[Entry]:
         for method in ("lora", "full"):
             yield entry(task, method, 1.0)
         for budget in (0.8, 0.5):
-            for method in ("asvd+lora", "fwsvd+lora", "svd+lora", "cersa"):
+            for method in COMPRESSED[1:]:
                 yield entry(task, method, budget)
 
 
@@ -65,7 +65,7 @@ def images() -> Iterator[Entry]:
     for method, budget in (("jactus", 0.8), ("lora", 1.0), ("full", 1.0), ("jactus", 0.5), ("jactus", 0.35)):
         yield entry("digits", method, budget)
     for budget in (0.8, 0.5, 0.35):
-        for method in (*COMPRESSED, "cersa"):
+        for method in COMPRESSED:
             yield entry("digits", method, budget)
     for method in WHOLE[2:]:
         yield entry("digits", method, 1.0)
@@ -114,19 +114,16 @@ STAGES = {"comparison": comparison, "ablations": ablations, "language": language
 
 
 def chosen_rate(entry: Entry, rows: list[Row]) -> float | None:
-    """The learning rate best on validation rows with the first seed; None while some are still to be tried."""
+    """The only learning rate, or the best on validation rows with the first seed; None while some are still to be tried."""
+    if len(entry.grid) == 1:
+        return entry.grid[0]
     mine = (entry.task, entry.method, entry.budget, entry.seeds[0], "trained")
     tried = {r.lr: r for r in rows if (r.task, r.method, r.budget, r.seed, r.phase) == mine}
     if any(lr not in tried for lr in entry.grid):
         return None
-    sign = 1 if TASKS[entry.task].metric == "accuracy" else -1
+    merit = TASKS[entry.task].merit
     # a run that diverged has no loss, and whatever its score, it is not the best
-    return max(entry.grid, key=lambda lr: (tried[lr].loss is not None, sign * tried[lr].validation))
-
-
-def entry_rate(entry: Entry, rows: list[Row]) -> float | None:
-    """The learning rate all seeds of an entry use: the chosen one, or the only one there is."""
-    return entry.grid[0] if len(entry.grid) == 1 else chosen_rate(entry, rows)
+    return max(entry.grid, key=lambda lr: (tried[lr].loss is not None, merit(tried[lr].validation)))
 
 
 def wanted(entries: list[Entry], rows: list[Row]) -> list[Cell]:
@@ -135,7 +132,7 @@ def wanted(entries: list[Entry], rows: list[Row]) -> list[Cell]:
     cells: list[Cell] = []
     for e in entries:
         cells += [Cell(e.task, e.method, e.budget, e.seeds[0], lr) for lr in e.grid]
-        lr = entry_rate(e, rows)
+        lr = chosen_rate(e, rows)
         if lr is not None:
             cells += [Cell(e.task, e.method, e.budget, seed, lr) for seed in e.seeds[1:]]
     return [cell for cell in dict.fromkeys(cells) if cell not in done]

@@ -51,8 +51,9 @@ class Task:
     def score(self, model: nn.Module, examples: Examples) -> float:
         return accuracy(model, examples) if self.metric == "accuracy" else perplexity(model, examples)
 
-    def better(self, a: float, b: float) -> bool:
-        return a > b if self.metric == "accuracy" else a < b
+    def merit(self, score: float) -> float:
+        """The score, its sign such that higher is better."""
+        return score if self.metric == "accuracy" else -score
 
 
 def _text(load: Callable[[], data.TextTask], length: int, rows: tuple[int, int]) -> Case:
