@@ -10,7 +10,7 @@ from .allocation import admissible_ranks
 from .config import JactusConfig
 from .plan import Plan, PlannedLayer, with_ranks
 from .statistics import Statistics
-from .subspace import Directions, Side, directions, metric_factor, task_rank
+from .subspace import Directions, Side, directions, metric, task_rank
 from .targets import Target, find_targets, output_embedding
 
 
@@ -36,10 +36,10 @@ def plan(
         raise JactusError("plan needs statistics for this configuration; call jactus.calibrate first")
     if statistics is not None:
         _check_statistics(targets, statistics, config)
-    roots = _RootCache(statistics, config)
+    inputs = _InputCache(statistics, config)
     layers = {}
     for name, target in tqdm(targets.items(), "planning", unit="layer", disable=not progress):
-        layers[name] = _plan_layer(target, statistics if needs_any else None, config, roots)
+        layers[name] = _plan_layer(target, statistics if needs_any else None, config, inputs)
     counted = sum(t.m * t.n for t in targets.values())
     others = sum(p.numel() for p in model.parameters()) - counted
     return with_ranks(Plan(layers, config, {}, others))
@@ -65,53 +65,58 @@ def _check_statistics(targets: dict[str, Target], statistics: Statistics, config
                 raise JactusError(f"the statistics hold no {what}, which this configuration needs; calibrate with it")
 
 
-class _RootCache:
-    """The factor of A and A itself, kept while consecutive layers share one input."""
+class _InputCache:
+    """A and the metric it defines, kept while consecutive layers share one input."""
 
     def __init__(self, statistics: Statistics | None, config: JactusConfig) -> None:
         self.statistics, self.config = statistics, config
         self.key: str | None = None
         self.value: tuple[Tensor | None, Tensor | None] = (None, None)
 
-    def input(self, target: Target) -> tuple[Tensor | None, Tensor | None]:
-        """A and its damped Cholesky factor (None for the identity metric), on the weight's device."""
+    def of(self, target: Target) -> tuple[Tensor | None, Tensor | None]:
+        """A, and damped in float64 on the weight's device (None for the identity metric)."""
         if self.statistics is None or not self.config.needs_input:
             return None, None
         key = self.statistics.layers[target.name].inputs
         if key != self.key:
             A = self.statistics.input_covariance(target.name)
             used = A if self.config.metric in ("input", "fisher") else None
-            self.key, self.value = key, (A, _factor(target, used, target.n, self.config))
+            self.key, self.value = key, (A, _metric(target, used, self.config))
         return self.value
 
 
-def _factor(target: Target, covariance: Tensor | None, size: int, config: JactusConfig) -> Tensor | None:
+def _metric(target: Target, covariance: Tensor | None, config: JactusConfig) -> Tensor | None:
     try:
-        return metric_factor(covariance, config.damping, size, target.weight.device)
-    except (JactusError, torch.linalg.LinAlgError) as e:
+        return metric(covariance, config.damping, target.weight.device)
+    except JactusError as e:
         raise JactusError(f"{target}: {e}") from e
 
 
-def _plan_layer(target: Target, statistics: Statistics | None, config: JactusConfig, roots: _RootCache) -> PlannedLayer:
+def _plan_layer(
+    target: Target, statistics: Statistics | None, config: JactusConfig, inputs: _InputCache
+) -> PlannedLayer:
     weight = target.weight
     if not torch.isfinite(weight).all():
         raise JactusError(f"{target} has weights that are not finite; the checkpoint is broken")
-    A, L_A = roots.input(target)
+    A, metric_A = inputs.of(target)
     G = statistics.output_covariance(target.name) if statistics is not None and config.needs_output else None
-    L_G = _factor(target, G if config.metric in ("gradient", "fisher") else None, target.m, config)
+    metric_G = _metric(target, G if config.metric in ("gradient", "fisher") else None, config)
     ranks = admissible_ranks(target.m, target.n, config.rank_multiple, config.accounting == "folded")
     most = int(ranks[-1]) if len(ranks) else 0
     by_covariance = "covariance" in config.task_sources
-    found = directions(
-        weight,
-        L_G,
-        L_A,
-        keep=most,
-        tasks=task_rank(most, config.union_share) if config.task_sources else 0,
-        output_covariance=G if by_covariance else None,
-        input_covariance=A if by_covariance else None,
-        gradient=statistics.mean_gradient(target.name) if statistics is not None and config.needs_gradient else None,
-    )
+    try:
+        found = directions(
+            weight,
+            metric_G,
+            metric_A,
+            keep=most,
+            tasks=task_rank(most, config.union_share) if config.task_sources else 0,
+            output_covariance=G if by_covariance else None,
+            input_covariance=A if by_covariance else None,
+            gradient=statistics.mean_gradient(target.name) if statistics and config.needs_gradient else None,
+        )
+    except torch.linalg.LinAlgError as e:
+        raise JactusError(f"{target}: {e}") from e
     basis = getattr(torch, config.dtype) if config.dtype else weight.dtype
     return PlannedLayer(
         target.name,
@@ -119,7 +124,7 @@ def _plan_layer(target: Target, statistics: Statistics | None, config: JactusCon
         target.n,
         target.fingerprint,
         _stored(found),
-        (_scale(G) if L_G is not None else 0.0, _scale(A) if L_A is not None else 0.0),
+        (_scale(G) if metric_G is not None else 0.0, _scale(A) if metric_A is not None else 0.0),
         statistics.layer_tokens(target.name) if statistics is not None else 1,
         (basis.itemsize, core_dtype(config, basis).itemsize),
     )

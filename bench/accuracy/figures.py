@@ -20,7 +20,8 @@ Scores = dict[int, float]  # by seed
 
 @dataclass(frozen=True)
 class Summary:
-    """A method at a budget: its scores by task and seed, before and after training, and a row for its sizes."""
+    """A method at a budget: its scores by task and seed, before and after training, and a row of the first task for its
+    sizes (they differ a little between tasks, by the head and the ranks)."""
 
     method: str
     budget: float
@@ -58,7 +59,7 @@ def summaries(rows: list[Row], entries, tasks: Sequence[str]) -> list[Summary]:
                     r.seed: r.value for r in here if r.phase == "trained" and r.lr == lr and r.loss is not None
                 }
         if any(after.values()) or any(before.values()):
-            found.append(Summary(method, budget, before, after, mine[-1]))
+            found.append(Summary(method, budget, before, after, min(mine, key=lambda r: tasks.index(r.task))))
     return found
 
 
@@ -182,8 +183,11 @@ def plot(rows: list[Row], file: Path) -> None:
             x = [size for size, _ in points]
             y = [100 * statistics.fmean(v) for _, v in points]
             bars = [100 * statistics.stdev(v) if len(v) > 1 else 0 for _, v in points]
-            marker = "osD^vP*X<>hp"[k % 12]
-            axis.errorbar(x, y, bars, marker=marker, capsize=3, label=method, lw=2 if method == "jactus" else 1)
+            look = {
+                "marker": "osD^vP*X<>hpd"[k % 13],
+                "color": pyplot.colormaps["tab20"](k % 20),
+            }  # the same in every panel
+            axis.errorbar(x, y, bars, **look, capsize=3, label=method, lw=2 if method == "jactus" else 1)
         axis.set(title=task, xlabel="deployed parameters, millions", ylabel=f"{TASKS[task].metric}, %")
         axis.grid(alpha=0.3)
     handles = {label: h for axis in axes for h, label in zip(*axis.get_legend_handles_labels())}

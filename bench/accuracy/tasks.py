@@ -37,7 +37,7 @@ class Task:
 
     metric: 'accuracy' (higher is better) or 'perplexity' (lower is).
     calibration: how many training examples calibration sees.
-    rate: what the learning rates of text classification are multiplied by.
+    rate: what the learning rates tried by every method are multiplied by.
     """
 
     name: str
@@ -84,7 +84,8 @@ LANGUAGE: dict[str, Any] = {"metric": "perplexity", "epochs": 1, "batch_size": 8
 TASKS = _table(
     Task("sarcasm", "accuracy", functools.partial(_text, data.sarcasm, 64, (6000, 4500))),
     Task("movies", "accuracy", functools.partial(_text, data.movies, 64, (3000, 4000))),
-    Task("newsgroups", "accuracy", functools.partial(_text, data.newsgroups, TOKENS, (3000, 4000))),
+    # Twenty classes of 150 rows each, seen twice: LoRA and JACTUS alike were best at the highest of the rates above.
+    Task("newsgroups", "accuracy", functools.partial(_text, data.newsgroups, TOKENS, (3000, 4000)), rate=2.0),
     Task("digits", "accuracy", _digits, epochs=8, calibration=1000, rate=2.0),
     Task("wikipedia", load=functools.partial(_language, data.wikipedia_lines, 128), **LANGUAGE),
     Task("openwebtext", load=functools.partial(_language, data.openwebtext_lines, 128), **LANGUAGE),
