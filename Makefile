@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: demo demo-lm test lint clean kernels-check gpu
+.PHONY: demo demo-lm bench test lint clean kernels-check gpu
 
 $(VENV)/.ready: setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -17,6 +17,12 @@ demo: $(VENV)/.ready
 
 demo-lm: $(VENV)/.ready
 	$(PY) -m bench.demo_lm
+
+# What it costs: half an hour on two cores, with nothing else running.
+bench: $(VENV)/.ready
+	$(PY) -m bench.cost run
+	$(PY) -m bench.cost table
+	$(PY) -m bench.cost plot
 
 test: $(VENV)/.ready
 	$(PY) -m pytest

@@ -39,6 +39,11 @@ def environment(seed: int) -> dict[str, Any]:
     }
 
 
+def versions(*more: str) -> str:
+    """Versions, machine and what else is given, in one line."""
+    return "; ".join([*(f"{name} {value}" for name, value in environment(0).items() if name != "seed"), *more])
+
+
 def _version(name: str) -> str:
     try:
         return version(name)

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import torch
 
+from .. import rows as files
 from .cell import measure
 from .figures import plot, tables
 from .matrix import STAGES, Entry, lacks_untrained, wanted
-from .store import Cell, Row, append, read
+from .store import Cell, Row
 
 RESULTS = Path("bench/results/accuracy.csv")
 
@@ -40,11 +41,11 @@ def main() -> None:
     entries = [e for stage in args.stage or STAGES for e in STAGES[stage]()]
     entries = [e for e in entries if re.search(args.only, f"{e.task} {e.method} {e.budget}")]
     if args.do == "table":
-        print(tables(read(args.results)))
+        print(tables(files.read(Row, args.results)))
     elif args.do == "plot":
-        plot(read(args.results), args.out)
+        plot(files.read(Row, args.results), args.out)
     elif args.do == "list":
-        print(*wanted(entries, read(args.results)), sep="\n")
+        print(*wanted(entries, files.read(Row, args.results)), sep="\n")
     else:
         run(entries, args)
 
@@ -57,7 +58,7 @@ def run(entries: list[Entry], args: argparse.Namespace) -> None:
     context = get_context("forkserver")  # forks of a clean process: imports are shared, thread pools are not
     context.set_forkserver_preload(["bench.accuracy.cell"])
     while True:
-        rows = read(args.results)
+        rows = files.read(Row, args.results)
         cells = [c for c in wanted(entries, rows) if c not in failed and c not in running.values()]
         late = time.monotonic() - started >= 60 * args.minutes
         while cells and not late and len(running) < args.workers:
@@ -75,7 +76,7 @@ def run(entries: list[Entry], args: argparse.Namespace) -> None:
                 failed.add(cell)
                 print(f"FAILED {cell}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
                 continue
-            append(args.results, future.result())
+            files.append(args.results, future.result())
             for row in future.result():
                 print(f"{(time.monotonic() - started) / 60:6.1f} min  {_line(row)}", flush=True)
     if failed:

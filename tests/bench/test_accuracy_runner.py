@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import BertConfig
 
-from bench.accuracy import cell, figures, matrix, methods, store, tasks
+from bench import rows as files
+from bench.accuracy import cell, figures, matrix, methods, tasks
 from bench.accuracy.matrix import Entry, chosen_rate, wanted
 from bench.accuracy.store import Cell, Row
 from bench.models import MeanPooledClassifier
@@ -27,15 +28,15 @@ def test_rows_come_back_as_they_were_written(tmp_path):
     rows = [row(peak_bytes=3, train_seconds=1.5), row(phase="untrained", lr=None), row(value=0.123456)]
     file = tmp_path / "results" / "a.csv"
     for r in rows:
-        store.append(file, [r])
-    assert store.read(file) == rows
-    assert store.read(tmp_path / "none.csv") == []
+        files.append(file, [r])
+    assert files.read(Row, file) == rows
+    assert files.read(Row, tmp_path / "none.csv") == []
 
 
 def test_a_file_with_other_columns_is_refused(tmp_path):
     (tmp_path / "a.csv").write_text("task,method\nx,y\n")
     with pytest.raises(JactusError, match="another version"):
-        store.read(tmp_path / "a.csv")
+        files.read(Row, tmp_path / "a.csv")
 
 
 def test_the_rate_best_on_validation_rows_goes_on_to_the_other_seeds():

@@ -1,0 +1,87 @@
+"""Measure what JACTUS costs, or show it: `python -m bench.cost run|table|plot`.
+
+`run` measures each part anew, after a check of its results, and puts its rows in the place of older ones; nothing else should
+run on the machine meanwhile. `table` and `plot` read the rows and never run anything.
+"""
+
+import argparse
+import functools
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from .. import rows as files
+from . import calibration, figures, growth, inference, planning, steps
+from . import files as disk
+from .store import Growth, Memory, Row, Setting
+
+RESULTS = Path("bench/results")
+FILES: dict[type, str] = {Row: "cost.csv", Memory: "cost-memory.csv", Growth: "cost-growth.csv"}
+
+
+def parts(device: str = "cpu") -> dict[str, tuple[type, Callable[[], Iterable[Any]]]]:
+    """What there is to measure, by name: the kind of row, and what yields them. On a GPU, what has a device."""
+
+    def on(measure: Callable[[tuple[Setting, ...]], Iterator[Any]], settings: Sequence[Setting]) -> Callable:
+        return functools.partial(measure, tuple(dict.fromkeys(replace(s, device=device) for s in settings)))
+
+    placed = {
+        "training": (Row, on(steps.training, steps.SETTINGS)),
+        "prefill": (Row, on(inference.prefill, inference.PREFILL)),
+        "decode": (Row, on(inference.decode, inference.DECODE)),
+        "memory": (Memory, on(steps.memory_rows, steps.MEMORY_SETTINGS)),
+        "calibration": (Row, on(calibration.calibration, calibration.SETTINGS)),
+    }
+    if device != "cpu":
+        return placed
+    return placed | {
+        "updates": (Row, calibration.updates),
+        "planning": (Row, planning.planning),
+        "reallocation": (Row, planning.reallocation),
+        "imports": (Row, disk.imports),
+        "files": (Row, disk.files),
+        "growth": (Growth, growth.growth),
+        "planning-7b": (Row, planning.planning_7b),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("do", choices=("run", "table", "plot"))
+    parser.add_argument("--part", choices=parts(), action="append", help="only this part; may be repeated")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of the CSV files")
+    parser.add_argument("--out", type=Path, default=Path("docs/pictures/cost.png"), help="of plot")
+    args = parser.parse_args()
+    if args.do == "run":
+        for name in args.part or parts(args.device):
+            run(name, args.results, args.device)
+    else:
+        rows, memory, grown = (files.read(kind, args.results / file) for kind, file in FILES.items())
+        if args.do == "table":
+            print(figures.tables(rows, memory, grown))
+        else:
+            figures.plot(rows, args.out)
+
+
+def run(name: str, folder: Path, device: str) -> None:
+    """Measure a part and write its rows in the place of those it gave on this device before."""
+    kind, measure = parts(device)[name]
+    started = time.monotonic()
+    found = list(measure())
+    measured = {_measure(row) for row in found}
+    kept = [
+        row for row in files.read(kind, folder / FILES[kind]) if row.device != device or _measure(row) not in measured
+    ]
+    files.replace(folder / FILES[kind], kept, found)
+    print(f"{name}: {len(found)} rows in {time.monotonic() - started:.0f} s", flush=True)
+
+
+def _measure(row: Any) -> str:
+    return getattr(row, "measure", "memory")
+
+
+if __name__ == "__main__":
+    main()

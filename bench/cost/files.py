@@ -1,0 +1,89 @@
+"""Importing, saving and loading, against the least that anyone must do for the same."""
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import jactus
+from jactus_kernels import JactusError
+
+from ..report import versions
+from . import subjects
+from .race import race, ratio
+from .store import Row, Setting, compared
+
+
+def imports() -> Iterator[Row]:
+    """A fresh interpreter that imports jactus, against one that imports what a user of it has imported anyway."""
+
+    def fresh(what: str) -> Callable[[], Any]:
+        return lambda: subprocess.run([sys.executable, "-c", f"import {what}"], check=True)
+
+    bare = "torch, transformers"
+    model = "torch; from transformers import AutoModelForCausalLM, Trainer"
+    times = race({"jactus": fresh("jactus"), bare: fresh(bare), model: fresh(model)}, rounds=(9, 9))
+    for against in (bare, model):
+        found = ratio(times["jactus"], times[against])
+        yield compared("import jactus", Setting("–", "–", 1), 1.0, f"import {against}", found, 1.0, 0.0, versions())
+
+
+def files() -> Iterator[Row]:
+    """Compressed model, plan and statistics, against safetensors' own copy of the same bytes, on the same disk."""
+    torch.set_num_threads(1)
+    plan = subjects.planned("smollm2")
+    for name in ("smollm2", "llama-7b"):
+        model = subjects.ready(name, "jactus", 0.8)
+        with tempfile.TemporaryDirectory() as folder:
+            yield from _model_files(Setting(name, "float32", 1), model, Path(folder))
+    with tempfile.TemporaryDirectory() as folder:
+        yield from _plan_files(Setting("smollm2", "float32", 1), plan, Path(folder))
+
+
+def _model_files(at: Setting, model: Any, folder: Path) -> Iterator[Row]:
+    jactus.save_pretrained(model, folder / "ours")
+    stored = {k: v for file in (folder / "ours").glob("*.safetensors") for k, v in load_file(file).items()}
+    loaded = AutoModelForCausalLM.from_pretrained(folder / "ours", dtype=torch.float32)
+    for key, value in model.state_dict().items():
+        if not torch.equal(value, loaded.state_dict()[key]):
+            raise JactusError(f"{key} came back changed")
+    times = race(
+        {
+            "save": lambda: jactus.save_pretrained(model, folder / "ours"),
+            "save copy": lambda: save_file(stored, folder / "copy.safetensors"),
+            "load": lambda: AutoModelForCausalLM.from_pretrained(folder / "ours", dtype=torch.float32),
+            "load copy": lambda: _touched(load_file(folder / "copy.safetensors")),
+        },
+        rounds=(5, 9),
+    )
+    for what in ("save", "load"):
+        found = ratio(times[what], times[f"{what} copy"])
+        yield compared(f"{what} model", at, 0.8, "safetensors", found, 1.0, 0.0, versions())
+
+
+def _plan_files(at: Setting, plan: jactus.Plan, folder: Path) -> Iterator[Row]:
+    plan.save(folder / "plan")
+    stored = load_file(folder / "plan")
+    times = race(
+        {
+            "save": lambda: plan.save(folder / "plan"),
+            "save copy": lambda: save_file(stored, folder / "copy.safetensors"),
+            "load": lambda: jactus.Plan.load(folder / "plan"),
+            "load copy": lambda: _touched(load_file(folder / "copy.safetensors")),
+        },
+        rounds=(5, 9),
+    )
+    for what in ("save", "load"):
+        found = ratio(times[what], times[f"{what} copy"])
+        yield compared(f"{what} plan", at, 1.0, "safetensors", found, 1.0, 0.0, versions())
+
+
+def _touched(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copies: a mapped file is not read before it is."""
+    return {key: value.clone() for key, value in tensors.items()}

@@ -1,0 +1,92 @@
+"""Deployed: the folded model against the dense one, on whole sequences and token by token."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache
+
+from ..report import versions
+from . import checks, flops, subjects
+from .race import race, ratio
+from .steps import BUDGETS
+from .store import Row, Setting, compared
+
+BASIC = (Setting("minilm", rows=32, length=32), Setting("vit-b", rows=8, length=197),
+         Setting("smollm2", rows=2, length=128), Setting("llama-7b", rows=2, length=128))  # fmt: skip
+PREFILL = (
+    *(replace(s, threads=2) for s in BASIC),
+    *(replace(s, threads=2, dtype="bfloat16") for s in BASIC),
+    *(replace(s, threads=1) for s in BASIC),
+    *(replace(BASIC[0], threads=2, rows=rows, length=length) for rows, length in ((1, 32), (8, 128), (32, 128))),
+)
+DECODE = tuple(Setting(m, dtype, threads, 1, 128) for m in ("smollm2", "llama-7b")
+               for dtype in ("float32", "bfloat16") for threads in (1, 2))  # fmt: skip
+
+
+def prefill(settings: tuple[Setting, ...] = PREFILL) -> Iterator[Row]:
+    """A forward pass over whole sequences."""
+    for at in settings:
+        torch.set_num_threads(at.threads)
+        batch = subjects.unlabelled(subjects.batch(at.model, at.rows, at.length, at.device))
+        models, errors = _models(at, batch)
+        work = {name: flops.forward(model, batch) for name, model in models.items()}
+        times = race({name: forward(model, batch, at) for name, model in models.items()}, device=at.device)
+        for budget, name in zip(BUDGETS, errors):
+            found = ratio(times[name], times["dense"])
+            yield compared("prefill", at, budget, "dense", found, work[name] / work["dense"], errors[name], versions())
+
+
+def decode(settings: tuple[Setting, ...] = DECODE) -> Iterator[Row]:
+    """One token after `length` others. Weights are stored in the dtype: reading them is what takes the time."""
+    for at in settings:
+        torch.set_num_threads(at.threads)
+        batch = subjects.unlabelled(subjects.batch(at.model, at.rows, at.length, at.device))
+        models, errors = _models(at, batch)
+        stored = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
+        if at.dtype != "float32":
+            models = {name: model.to(getattr(torch, at.dtype)) for name, model in models.items()}
+        times = race({name: next_token(model, batch) for name, model in models.items()}, device=at.device)
+        for budget, name in zip(BUDGETS, errors):
+            found = ratio(times[name], times["dense"])
+            floor = stored[name] / stored["dense"]
+            yield compared("decode", at, budget, "dense", found, floor, errors[name], versions())
+
+
+def _models(at: Setting, batch: dict) -> tuple[dict[str, nn.Module], dict[str, float]]:
+    """The dense model, and the folded ones with their errors against themselves before folding."""
+    models, errors = {"dense": subjects.dense(at.model).to(at.device)}, {}
+    for budget in BUDGETS:
+        name = f"jactus {budget:.0%}"
+        three = subjects.ready(at.model, "jactus", budget).to(at.device).eval()
+        models[name] = subjects.folded(three)
+        errors[name] = checks.same_logits(three, models[name], batch, at.dtype)
+    return models, errors
+
+
+def forward(model: nn.Module, batch: dict, at: Setting) -> Callable[[], Any]:
+    """One forward pass, as a function."""
+
+    @torch.no_grad()
+    def run() -> None:
+        with torch.autocast(at.device, torch.bfloat16, enabled=at.dtype == "bfloat16"):
+            model(**batch)
+
+    return run
+
+
+def next_token(model: nn.Module, batch: dict) -> Callable[[], Any]:
+    """One step of generation from a cache that is cut back afterwards, as a function."""
+    cache = DynamicCache(config=model.config)
+    ids = batch["input_ids"]
+    with torch.no_grad():
+        model(input_ids=ids, past_key_values=cache)
+
+    @torch.no_grad()
+    def run() -> None:
+        model(input_ids=ids[:, -1:], past_key_values=cache)
+        cache.crop(-1)
+
+    return run

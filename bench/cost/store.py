@@ -1,0 +1,88 @@
+"""The rows of cost.csv and its two companions."""
+
+from dataclasses import dataclass
+
+from .race import Ratio
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Under what a thing is measured. rows, length: examples in a batch and tokens in each (0: does not apply)."""
+
+    model: str
+    dtype: str = "float32"
+    threads: int = 1
+    rows: int = 0
+    length: int = 0
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison. ratio: ours / theirs, in time or bytes: under 1 is better. floor: the same of the counted work, where
+    there is a count. error: of the check made before timing, relative."""
+
+    measure: str
+    model: str
+    dtype: str
+    threads: int
+    batch: int
+    length: int
+    budget: float
+    against: str
+    ratio: float
+    spread: float
+    floor: float | None
+    error: float
+    device: str
+    versions: str
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one training step by category. peak: what the process grew by, weights included."""
+
+    model: str
+    dtype: str
+    batch: int
+    length: int
+    method: str
+    budget: float
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    peak: int | None
+    device: str
+    versions: str
+
+
+@dataclass(frozen=True)
+class Growth:
+    """Seconds at each size of one variable, and the exponent fitted to them; the one predicted is of the counted work."""
+
+    measure: str
+    variable: str
+    sizes: str
+    relative: str
+    exponent: float
+    predicted: float
+    device: str
+    versions: str
+
+
+def compared(
+    measure: str,
+    at: Setting,
+    budget: float,
+    against: str,
+    found: Ratio,
+    floor: float | None,
+    error: float,
+    versions: str,
+) -> Row:
+    """A row of what a race found."""
+    return Row(
+        measure, at.model, at.dtype, at.threads, at.rows, at.length, budget, against,
+        found.median, found.spread, floor, error, at.device, versions,
+    )  # fmt: skip

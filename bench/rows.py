@@ -1,0 +1,66 @@
+"""Measurements as rows of a CSV file: one frozen data class a file, its fields the columns."""
+
+import csv
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from jactus_kernels import JactusError
+
+Row = TypeVar("Row")
+
+
+def columns(kind: type) -> list[str]:
+    """The fields of a row."""
+    return [f.name for f in fields(kind)]
+
+
+def read(kind: type[Row], file: Path) -> list[Row]:
+    """All rows, in the order they were measured; none when the file is not there.
+
+    Raises JactusError for a file with other columns.
+    """
+    if not file.exists():
+        return []
+    kinds = {f.name: f.type.__name__ if isinstance(f.type, type) else str(f.type) for f in fields(kind)}  # type: ignore[arg-type]
+    with file.open(newline="", encoding="utf-8") as lines:
+        table = csv.DictReader(lines)
+        if table.fieldnames != list(kinds):
+            raise JactusError(
+                f"{file} has columns {table.fieldnames}, not {list(kinds)}; it is of another version: move it away"
+            )
+        return [kind(**{name: _parse(kinds[name], text) for name, text in line.items()}) for line in table]
+
+
+def append(file: Path, rows: Sequence[Any]) -> None:
+    """Add rows (one at least) and see them on the disk, so that a killed run loses none."""
+    fresh = not file.exists()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a", newline="", encoding="utf-8") as out:
+        writer = csv.DictWriter(out, columns(type(rows[0])), lineterminator="\n")
+        if fresh:
+            writer.writeheader()
+        for row in rows:
+            writer.writerow({name: _shown(value) for name, value in asdict(row).items()})
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def replace(file: Path, old: Sequence[Any], new: Sequence[Any]) -> None:
+    """Write `old` and `new` in place of what the file holds, whole or not at all."""
+    unfinished = file.with_suffix(".unfinished")
+    unfinished.unlink(missing_ok=True)
+    append(unfinished, [*old, *new])
+    unfinished.replace(file)
+
+
+def _shown(value: object) -> object:
+    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else value
+
+
+def _parse(kind: str, text: str) -> object:
+    if text == "" and "None" in kind:
+        return None
+    return {"int": int, "float": float, "str": str}[kind.split(" | ")[0]](text)
