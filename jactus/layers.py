@@ -140,7 +140,8 @@ def in_dtype_of(input: Tensor, *tensors: Tensor | None) -> tuple:
     """The tensors in the input's dtype; as they are under autocast, where the operator casts each once."""
     if torch.is_autocast_enabled(input.device.type):
         return tensors
-    return tuple(None if t is None else t.to(input.dtype) for t in tensors)
+    dtype = input.dtype
+    return tuple(t if t is None or t.dtype == dtype else t.to(dtype) for t in tensors)
 
 
 def compressed_layers(model: nn.Module) -> dict[str, LowRankLinear]:

@@ -1,7 +1,7 @@
 """The public operators: torch.library custom ops with fake and autograd registrations.
 
-Each op's default implementation is the reference; a device's own is registered on top of it. So `torch.compile`,
-`torch.export` and `opcheck` see one opaque, well-described operator.
+Each op's default implementation is the reference; a device's own is registered on top of it. So on a GPU `torch.compile`,
+`torch.export` and `opcheck` see one opaque, well-described operator; elsewhere the layers are the reference itself.
 """
 
 import torch
@@ -9,6 +9,9 @@ from torch import Tensor
 
 from . import cpu, cuda, reference
 from .errors import JactusError
+
+# Devices on which the layers are operators; an operator's dispatch costs more than two small products on a CPU.
+OPERATORS_ON = ("cuda",)
 
 
 @torch.library.custom_op("jactus::covariance_update", mutates_args={"S"})
@@ -152,8 +155,9 @@ def core_linear(x: Tensor, U: Tensor, C: Tensor, V: Tensor, bias: Tensor | None 
     """y = x (U C Vᵀ)ᵀ + b, never forming the m×n weight, in the forward or in the backward.
 
     x: (..., n); U: (m, r); C: (r, r); V: (n, r); bias: (m,) or None; y: (..., m). Under autocast all are cast to its
-    dtype; otherwise all must share one. Gradients flow to x, C and bias through the fused backward, which keeps only
-    h = x V; if U or V require grad, plain autograd is used, with the same result and more memory.
+    dtype; otherwise all must share one. Gradients flow to x, C and bias through a backward that keeps only h = x V. On a GPU
+    it is fused; elsewhere it is plain autograd, which for frozen U and V keeps as little and multiplies as little, and
+    spares a call the dispatch of an operator. If U or V require grad, plain autograd keeps more.
 
     Raises JactusError for shapes or dtypes that do not fit.
     """
@@ -165,7 +169,7 @@ def core_linear(x: Tensor, U: Tensor, C: Tensor, V: Tensor, bias: Tensor | None 
             f"{None if bias is None else tuple(bias.shape)} do not fit; need x (..., n), U (m, r), C (r, r), V (n, r)"
         )
     _same_dtype("core_linear", x, U, C, V, bias)
-    if torch.is_grad_enabled() and (U.requires_grad or V.requires_grad):
+    if x.device.type not in OPERATORS_ON or (torch.is_grad_enabled() and (U.requires_grad or V.requires_grad)):
         return reference.core_linear(x, U, C, V, bias)
     flat = x.reshape(-1, n)
     wants_grad = x.requires_grad or C.requires_grad or (bias is not None and bias.requires_grad)
@@ -180,7 +184,7 @@ def folded_linear(x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None = 
     """y = x (left right)ᵀ + b, the deployed two-factor layer.
 
     x: (..., n); left: (m, r); right: (r, n); bias: (m,) or None; y: (..., m). Dtypes as `core_linear`.
-    Where a gradient is wanted, plain autograd is used: the result is the same.
+    Where a gradient is wanted, and elsewhere than on a GPU, this is plain PyTorch: the result is the same.
 
     Raises JactusError for shapes or dtypes that do not fit.
     """
@@ -193,7 +197,9 @@ def folded_linear(x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None = 
         )
     _same_dtype("folded_linear", x, left, right, bias)
     tensors = (x, left, right, bias)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+    if x.device.type not in OPERATORS_ON or (
+        torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    ):
         return reference.folded_linear(x, left, right, bias)
     return _folded_linear(x.reshape(-1, n), left, right, bias).reshape(*x.shape[:-1], m)
 
@@ -208,6 +214,6 @@ def _autocast(x: Tensor, *others: Tensor | None) -> tuple:
 
 
 def _same_dtype(op: str, x: Tensor, *others: Tensor | None) -> None:
-    dtypes = [x.dtype, *(t.dtype for t in others if t is not None)]
-    if len(set(dtypes)) > 1:
+    if any(t is not None and t.dtype != x.dtype for t in others):
+        dtypes = [x.dtype, *(t.dtype for t in others if t is not None)]
         raise JactusError(f"{op}: one dtype is needed, got {dtypes}; cast the layer or run under torch.autocast")

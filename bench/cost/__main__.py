@@ -15,7 +15,7 @@ from typing import Any
 from .. import rows as files
 from . import calibration, figures, growth, inference, planning, steps
 from . import files as disk
-from .store import Growth, Memory, Row, Setting
+from .store import Growth, Memory, Row, Setting, described
 
 RESULTS = Path("bench/results")
 FILES: dict[type, str] = {Row: "cost.csv", Memory: "cost-memory.csv", Growth: "cost-growth.csv"}
@@ -70,7 +70,10 @@ def run(name: str, folder: Path, device: str) -> None:
     """Measure a part and write its rows in the place of those it gave on this device before."""
     kind, measure = parts(device)[name]
     started = time.monotonic()
-    found = list(measure())
+    found = []
+    for row in measure():
+        found.append(row)
+        print(f"{(time.monotonic() - started) / 60:6.1f} min  {described(row)}", flush=True)
     measured = {_measure(row) for row in found}
     kept = [
         row for row in files.read(kind, folder / FILES[kind]) if row.device != device or _measure(row) not in measured

@@ -86,3 +86,14 @@ def compared(
         measure, at.model, at.dtype, at.threads, at.rows, at.length, budget, against,
         found.median, found.spread, floor, error, at.device, versions,
     )  # fmt: skip
+
+
+def described(row: Row | Memory | Growth) -> str:
+    """A row in a line, for who waits."""
+    if isinstance(row, Memory):
+        return f"{row.model}, {row.method} {row.budget:.0%}: {(row.peak or 0) / 1e6:.0f} MB"
+    if isinstance(row, Growth):
+        return f"{row.measure} in {row.variable}: exponent {row.exponent:.2f}"
+    setting = f"{row.model} {row.dtype} {row.threads} threads {row.batch}×{row.length}"
+    floor = "" if row.floor is None else f", floor {row.floor:.2f}"
+    return f"{row.measure}, {setting}, {row.budget:.0%} / {row.against}: {row.ratio:.2f} ± {row.spread:.2f}{floor}"

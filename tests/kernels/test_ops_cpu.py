@@ -21,6 +21,16 @@ def factors(T, m, n, r, dtype=torch.float64, seed=0):
     return [(t * s).to(dtype) for t, s in zip(made, scales)]
 
 
+@pytest.fixture(params=["operator", "plain"])
+def route(request, monkeypatch):
+    """Everything holds of the operators, which a GPU runs, and of the plain reference that a CPU runs."""
+    monkeypatch.setattr(ops, "OPERATORS_ON", ("cuda", "cpu") if request.param == "operator" else ("cuda",))
+    torch.compiler.reset()
+
+
+both = pytest.mark.usefixtures("route")
+
+
 @pytest.mark.parametrize("n", [1, 37, 384, 771, 1000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("masked", [False, True])
@@ -70,6 +80,7 @@ def test_symmetrize_over_strip_borders():
     assert torch.equal(jk.symmetrize_(S), expected)
 
 
+@both
 @ragged
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_core_linear_matches_the_dense_layer(T, m, n, r, dtype):
@@ -85,6 +96,7 @@ def test_core_linear_matches_the_dense_layer(T, m, n, r, dtype):
     assert torch.equal(jk.core_linear(x, U, C, V, b), y)
 
 
+@both
 @ragged
 def test_core_linear_gradients(T, m, n, r):
     x, U, C, V, b = factors(T, m, n, r)
@@ -97,6 +109,7 @@ def test_core_linear_gradients(T, m, n, r):
         assert torch.allclose(mine, true, atol=1e-11)
 
 
+@both
 def test_gradcheck_and_frozen_inputs():
     x, U, C, V, b = factors(5, 4, 6, 3)
     x.requires_grad_(), C.requires_grad_(), b.requires_grad_()
@@ -105,12 +118,14 @@ def test_gradcheck_and_frozen_inputs():
     assert torch.autograd.grad(y.sum(), C)[0].shape == C.shape
 
 
+@both
 def test_unfrozen_bases_get_their_gradients():
     x, U, C, V, b = factors(5, 4, 6, 3)
     U.requires_grad_(), V.requires_grad_()
     assert torch.autograd.gradcheck(lambda U, V: jk.core_linear(x, U, C, V, b), (U, V))
 
 
+@both
 @ragged
 def test_folded_linear(T, m, n, r):
     x, U, C, V, b = factors(T, m, n, r)
@@ -121,6 +136,7 @@ def test_folded_linear(T, m, n, r):
     assert torch.allclose(grad, (left @ right).sum(0).expand(T, n), atol=1e-12)
 
 
+@both
 def test_leading_dimensions_are_kept():
     x, U, C, V, b = factors(24, 5, 7, 3)
     y = jk.core_linear(x.view(2, 3, 4, 7), U, C, V, b)
@@ -143,6 +159,7 @@ def test_opcheck():
         torch.library.opcheck(ops._covariance_update, (torch.zeros(7, 7), plain[0], mask, 1.0))
 
 
+@both
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile_fullgraph(dynamic):
     x, U, C, V, b = factors(9, 5, 7, 3, torch.float32)
@@ -157,6 +174,7 @@ def test_compile_fullgraph(dynamic):
         assert torch.allclose(ours, torch.autograd.grad(step(x[:T]), C)[0], rtol=1e-5)
 
 
+@both
 def test_export():
     x, U, C, V, b = factors(9, 5, 7, 3, torch.float32)
 
@@ -168,6 +186,7 @@ def test_export():
     assert torch.equal(exported.module()(x[:4]), jk.core_linear(x[:4], U, C, V, b))
 
 
+@both
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_decides_the_dtype(dtype):
     x, U, C, V, b = factors(9, 5, 7, 3, torch.float32)
@@ -195,6 +214,7 @@ def test_bad_input_says_what_to_do(call, says):
         call()
 
 
+@both
 def test_vmap_over_tokens_cores_and_gradients():
     x, U, C, V, b = factors(12, 5, 7, 3)
     batch = x.view(3, 4, 7)
@@ -205,3 +225,13 @@ def test_vmap_over_tokens_cores_and_gradients():
     assert torch.allclose(over_cores[1], 2 * over_cores[0], atol=1e-12)
     folded = torch.vmap(lambda x: jk.folded_linear(x, U, V.T, b), in_dims=1, out_dims=1)(batch)
     assert torch.allclose(folded, jk.folded_linear(batch, U, V.T, b), atol=1e-12)
+
+
+def test_plain_autograd_keeps_no_more_than_the_operator():
+    x, U, C, V, b = factors(9, 5, 7, 3, torch.float32)
+    C.requires_grad_(), x.requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        jk.core_linear(x, U, C, V, b)
+    own = {t.data_ptr() for t in (U, C, V)}
+    assert [tuple(t.shape) for t in kept if t.data_ptr() not in own] == [(9, 3)]  # h, and no other activation
