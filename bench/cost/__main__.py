@@ -6,6 +6,7 @@ run on the machine meanwhile. `table` and `plot` read the rows and never run any
 
 import argparse
 import functools
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -56,6 +57,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/pictures/cost.png"), help="of plot")
     args = parser.parse_args()
     if args.do == "run":
+        logging.getLogger("jactus").setLevel(logging.ERROR)  # a few batches are enough to take the time
         for name in args.part or parts(args.device):
             run(name, args.results, args.device)
     else:

@@ -123,7 +123,7 @@ def test_calibration_is_checked_against_the_usual_way_and_counted_by_shape():
     work = calibration.counted(tiny(), statistics)
     assert work["covariances"] == 2 * LINEAR + inputs + outputs
     assert work["with gradient"] - work["covariances"] == LINEAR
-    assert work["usual"] == 2 * LINEAR + 11 * WIDE**2 + 3 * INNER**2
+    assert work["usual covariances"] == 2 * LINEAR + 11 * WIDE**2 + 3 * INNER**2
 
 
 def test_planning_is_checked_against_the_full_svd():
