@@ -18,7 +18,7 @@ demo: $(VENV)/.ready
 demo-lm: $(VENV)/.ready
 	$(PY) -m bench.demo_lm
 
-# What it costs: half an hour on two cores, with nothing else running.
+# What it costs: an hour and a half on two cores, with nothing else running. One part: python -m bench.cost run --part decode
 bench: $(VENV)/.ready
 	$(PY) -m bench.cost run
 	$(PY) -m bench.cost table

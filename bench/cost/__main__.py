@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import rows as files
-from . import calibration, figures, growth, inference, planning, steps
+from . import calibration, figures, growth, inference, planning, steps, subjects
 from . import files as disk
 from .store import Growth, Memory, Row, Setting, described
 
@@ -22,11 +22,14 @@ RESULTS = Path("bench/results")
 FILES: dict[type, str] = {Row: "cost.csv", Memory: "cost-memory.csv", Growth: "cost-growth.csv"}
 
 
-def parts(device: str = "cpu") -> dict[str, tuple[type, Callable[[], Iterable[Any]]]]:
+def parts(
+    device: str = "cpu", models: Sequence[str] = subjects.MODELS
+) -> dict[str, tuple[type, Callable[[], Iterable[Any]]]]:
     """What there is to measure, by name: the kind of row, and what yields them. On a GPU, what has a device."""
 
     def on(measure: Callable[[tuple[Setting, ...]], Iterator[Any]], settings: Sequence[Setting]) -> Callable:
-        return functools.partial(measure, tuple(dict.fromkeys(replace(s, device=device) for s in settings)))
+        chosen = [replace(s, device=device) for s in settings if s.model in models]
+        return functools.partial(measure, tuple(dict.fromkeys(chosen)))
 
     placed = {
         "training": (Row, on(steps.training, steps.SETTINGS)),
@@ -52,6 +55,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("do", choices=("run", "table", "plot"))
     parser.add_argument("--part", choices=parts(), action="append", help="only this part; may be repeated")
+    parser.add_argument(
+        "--model",
+        choices=subjects.MODELS,
+        action="append",
+        help="of a training, prefill, decode, memory or calibration part",
+    )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of the CSV files")
     parser.add_argument("--out", type=Path, default=Path("docs/pictures/cost.png"), help="of plot")
@@ -59,7 +68,7 @@ def main() -> None:
     if args.do == "run":
         logging.getLogger("jactus").setLevel(logging.ERROR)  # a few batches are enough to take the time
         for name in args.part or parts(args.device):
-            run(name, args.results, args.device)
+            run(name, args.results, args.device, args.model or subjects.MODELS)
     else:
         rows, memory, grown = (files.read(kind, args.results / file) for kind, file in FILES.items())
         if args.do == "table":
@@ -68,24 +77,23 @@ def main() -> None:
             figures.plot(rows, args.out)
 
 
-def run(name: str, folder: Path, device: str) -> None:
-    """Measure a part and write its rows in the place of those it gave on this device before."""
-    kind, measure = parts(device)[name]
+def run(name: str, folder: Path, device: str, models: Sequence[str] = subjects.MODELS) -> None:
+    """Measure a part and write its rows in the place of those it gave of these models on this device before."""
+    kind, measure = parts(device, models)[name]
     started = time.monotonic()
     found = []
     for row in measure():
         found.append(row)
         print(f"{(time.monotonic() - started) / 60:6.1f} min  {described(row)}", flush=True)
-    measured = {_measure(row) for row in found}
-    kept = [
-        row for row in files.read(kind, folder / FILES[kind]) if row.device != device or _measure(row) not in measured
-    ]
+    measured = {_subject(row) for row in found}
+    kept = [row for row in files.read(kind, folder / FILES[kind]) if _subject(row) not in measured]
     files.replace(folder / FILES[kind], kept, found)
     print(f"{name}: {len(found)} rows in {time.monotonic() - started:.0f} s", flush=True)
 
 
-def _measure(row: Any) -> str:
-    return getattr(row, "measure", "memory")
+def _subject(row: Row | Memory | Growth) -> tuple[str | None, ...]:
+    """What a new row replaces an older one for."""
+    return tuple(getattr(row, name, None) for name in ("measure", "model", "variable", "device"))
 
 
 if __name__ == "__main__":

@@ -134,6 +134,12 @@ def test_planning_is_checked_against_the_full_svd():
     assert all(r.error < 1e-9 for r in rows)
 
 
+def test_a_layer_of_each_shape_stands_for_a_7b_block():
+    rows = list(planning.planning_7b())
+    assert [r.model for r in rows] == ["llama-7b"] * 2
+    assert all(r.error < 1e-9 for r in rows)
+
+
 def test_growth_fits_the_exponent_of_what_grows(monkeypatch):
     # sizes 1, 2, 4 take 1, 4, 16
     monkeypatch.setattr(growth, "race", lambda made, **_: {size: [float(size) ** 2] for size in made})
@@ -168,9 +174,11 @@ def test_a_part_measured_again_replaces_its_rows_and_no_others(monkeypatch, tmp_
     other = store.compared("prefill", AT, 0.8, "dense", race.Ratio(0.9, 0.0), 0.7, 1e-7, "torch 2")
     on_gpu = store.Row(**{**vars(old[0]), "device": "cuda"})
     files.append(tmp_path / "cost.csv", [*old, other, on_gpu])
-    monkeypatch.setattr("bench.cost.__main__.parts", lambda device: {"training": (store.Row, lambda: old[:1])})
+    another = store.Row(**{**vars(old[0]), "model": "vit-b"})
+    files.append(tmp_path / "cost.csv", [another])
+    monkeypatch.setattr("bench.cost.__main__.parts", lambda device, models: {"training": (store.Row, lambda: old[:1])})
     run("training", tmp_path, "cpu")
-    assert files.read(store.Row, tmp_path / "cost.csv") == [other, on_gpu, old[0]]
+    assert files.read(store.Row, tmp_path / "cost.csv") == [other, on_gpu, another, old[0]]
 
 
 def test_table_and_plot_run_nothing(monkeypatch, tmp_path, capsys):
@@ -186,3 +194,5 @@ def test_table_and_plot_run_nothing(monkeypatch, tmp_path, capsys):
 
 def test_on_a_gpu_only_what_has_a_device_is_measured():
     assert set(parts("cuda")) < set(parts())
+    _, measure = parts("cuda", ("vit-b",))["training"]
+    assert {(s.model, s.device) for s in measure.args[0]} == {("vit-b", "cuda")}
