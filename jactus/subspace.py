@@ -189,7 +189,7 @@ def _right_directions(
     """
     K = P.shape[1]
     V, AV = N.T @ P, NA.T @ P
-    if K and sigma[K - 1] < RESOLVED * sigma[0]:
+    if K and not sigma[K - 1] > RESOLVED * sigma[0]:  # nor are any of a weight that is zero
         L = None if A is None else torch.linalg.cholesky(A)
         Q, R = torch.linalg.qr(V if L is None else L.T @ V)
         Q = Q * torch.where(R.diagonal() < 0, -1.0, 1.0)
@@ -219,6 +219,8 @@ def _in_turn(sources: list[Tensor], count: int, nothing: Tensor) -> Tensor:
         return nothing
     longest = max(s.shape[1] for s in sources)
     columns = [s[:, i] for i in range(longest) for s in sources if i < s.shape[1]]
+    if not columns:
+        return nothing
     return torch.stack(columns[:count], dim=1)
 
 
@@ -233,13 +235,17 @@ def _leading_singular_vectors(D: Tensor, count: int) -> tuple[Tensor, Tensor]:
     tenth of the time.
     """
     if 4 * count < min(D.shape):
-        devices = [D.device] if D.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(0)
-            left, lengths, right = torch.svd_lowrank(D, q=count + min(count, 16), niter=4)
+        D = D.float()
+        generator = torch.Generator(D.device).manual_seed(0)  # of its own: nobody else's random numbers change
+        start = torch.randn(D.shape[1], count + min(count, 16), generator=generator, device=D.device)
+        Q = torch.linalg.qr(D @ start)[0]
+        for _ in range(4):
+            Q = torch.linalg.qr(D @ torch.linalg.qr(D.T @ Q)[0])[0]
+        left, lengths, right_t = torch.linalg.svd(Q.T @ D, full_matrices=False)
+        left = Q @ left
     else:
         left, lengths, right_t = torch.linalg.svd(D.double(), full_matrices=False)
-        right = right_t.T
+    right = right_t.T
     solid = lengths[:count] > 1e-6 * lengths.max().clamp_min(torch.finfo(lengths.dtype).tiny)
     return left[:, :count][:, solid].double(), right[:, :count][:, solid].double()
 

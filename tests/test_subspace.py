@@ -173,6 +173,17 @@ def test_a_weight_of_low_rank_has_no_loss_beyond_it(m, n):
         assert torch.allclose(V.T @ damped(A, 0.01) @ V, torch.eye(rank, dtype=W.dtype), atol=1e-10)
 
 
+@shapes
+def test_a_layer_of_zeros_and_a_gradient_of_zeros_are_legal(m, n):
+    W, G, A, D = layer(m, n)
+    found = made(0 * W, G, A, D, 4)
+    U, C, V = found.factors(4, 0.25)
+    assert float(found.sigma.max()) == 0
+    assert torch.equal(U @ C @ V.T, 0 * W)
+    assert torch.allclose(U.T @ damped(G, 0.01) @ U, torch.eye(4, dtype=W.dtype), atol=1e-10)
+    assert made(W, G, A, 0 * D, 4).task_core.shape == (0, 0)
+
+
 def test_few_task_directions_of_many_are_the_leading_ones_and_leave_the_random_state_alone():
     W, G, A, _ = layer(60, 90)
     g = torch.Generator().manual_seed(5)
@@ -181,7 +192,9 @@ def test_few_task_directions_of_many_are_the_leading_ones_and_leave_the_random_s
     before = torch.get_rng_state()
     found = directions(W, damped(G, 0.01), damped(A, 0.01), 20, 6, gradient=D.float())
     assert torch.equal(before, torch.get_rng_state())
+    torch.manual_seed(123)
     again = directions(W, damped(G, 0.01), damped(A, 0.01), 20, 6, gradient=D.float())
+    directions(W, damped(G, 0.01), damped(A, 0.01), 20, 6, gradient=D.bfloat16())
     assert torch.equal(found.left.task, again.left.task)
     held = torch.linalg.qr(found.left.task)[0].T @ D @ torch.linalg.qr(found.right.task)[0]
     assert held.square().sum() > (1 - 1e-3) * torch.linalg.svdvals(D)[:6].square().sum()

@@ -67,6 +67,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.do == "run":
         logging.getLogger("jactus").setLevel(logging.ERROR)  # a few batches are enough to take the time
+        if unknown := set(args.part or ()) - set(parts(args.device)):
+            parser.error(f"on {args.device} there is no {', '.join(sorted(unknown))}")
         for name in args.part or parts(args.device):
             run(name, args.results, args.device, args.model or subjects.MODELS)
     else:
@@ -85,6 +87,9 @@ def run(name: str, folder: Path, device: str, models: Sequence[str] = subjects.M
     for row in measure():
         found.append(row)
         print(f"{(time.monotonic() - started) / 60:6.1f} min  {described(row)}", flush=True)
+    if not found:
+        print(f"{name}: nothing to measure with {', '.join(models)} on {device}")
+        return
     measured = {_subject(row) for row in found}
     kept = [row for row in files.read(kind, folder / FILES[kind]) if _subject(row) not in measured]
     files.replace(folder / FILES[kind], kept, found)

@@ -31,7 +31,7 @@ def imports() -> Iterator[Row]:
     times = race({"jactus": fresh("jactus"), bare: fresh(bare), model: fresh(model)}, rounds=(9, 9))
     for against in (bare, model):
         found = ratio(times["jactus"], times[against])
-        yield compared("import jactus", Setting("–", "–", 1), 1.0, f"import {against}", found, 1.0, 0.0, versions())
+        yield compared("import jactus", Setting("–", "–", 1), 1.0, f"import {against}", found, 1.0, None, versions())
 
 
 def files() -> Iterator[Row]:

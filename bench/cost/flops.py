@@ -1,6 +1,8 @@
 """Counted work: multiply-adds of the linear layers of a model on one batch, dense, adapted or low-rank.
 
-What is not a linear layer (attention, normalisation, the optimizer) is not counted: it is the same for all.
+What is not a linear layer (attention, normalisation, the optimizer) is not counted. Gradients of inputs are counted for every
+layer, though a method whose embeddings are frozen needs none for the inputs of the first ones: in a model of one or two blocks
+that is a part one sees.
 """
 
 import torch

@@ -78,7 +78,7 @@ def memory_rows(settings: tuple[Setting, ...] = MEMORY_SETTINGS) -> Iterator[Mem
 def measure_memory(at: Setting, method: str, budget: float) -> Memory:
     """Of this process: call it in a fresh one."""
     torch.set_num_threads(at.threads)
-    subjects.planned(at.model) if method == "jactus" else None
+    subjects.planned(at.model)  # for every method alike: libraries loaded, thread pools made
     memory.forget_peak()
     before = memory.resident()
     model = subjects.ready(at.model, method, budget).to(at.device)

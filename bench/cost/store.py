@@ -20,7 +20,7 @@ class Setting:
 @dataclass(frozen=True)
 class Row:
     """One comparison. ratio: ours / theirs, in time or bytes: under 1 is better. floor: the same of the counted work, where
-    there is a count. error: of the check made before timing, relative."""
+    there is a count. error: of the check of the result, relative; None where the result was not compared."""
 
     measure: str
     model: str
@@ -33,7 +33,7 @@ class Row:
     ratio: float
     spread: float
     floor: float | None
-    error: float
+    error: float | None
     device: str
     versions: str
 
@@ -78,7 +78,7 @@ def compared(
     against: str,
     found: Ratio,
     floor: float | None,
-    error: float,
+    error: float | None,
     versions: str,
 ) -> Row:
     """A row of what a race found."""

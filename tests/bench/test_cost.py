@@ -131,13 +131,14 @@ def test_planning_is_checked_against_the_full_svd():
     statistics = jactus.calibrate(model, [subjects.batch("llama-7b", 8, 64)], progress=False)
     rows = list(planning._planning(AT, model, statistics, 2))
     assert [r.measure for r in rows] == ["planning, input metric", "planning, fisher and union"]
-    assert all(r.error < 1e-9 for r in rows)
+    assert rows[0].error < 1e-9
+    assert rows[1].error is None
 
 
 def test_a_layer_of_each_shape_stands_for_a_7b_block():
     rows = list(planning.planning_7b())
     assert [r.model for r in rows] == ["llama-7b"] * 2
-    assert all(r.error < 1e-9 for r in rows)
+    assert rows[0].error < 1e-9
 
 
 def test_growth_fits_the_exponent_of_what_grows(monkeypatch):
