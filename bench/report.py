@@ -39,6 +39,11 @@ def environment(seed: int) -> dict[str, Any]:
     }
 
 
+def named(method: str, budget: float) -> str:
+    """A method with its budget, if it has one."""
+    return method if budget == 1 else f"{method} {budget:.0%}"
+
+
 def versions(*more: str) -> str:
     """Versions, machine and what else is given, in one line."""
     return "; ".join([*(f"{name} {value}" for name, value in environment(0).items() if name != "seed"), *more])

@@ -10,7 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-from ..report import table
+from ..report import named, table
 from .matrix import SEEDS, ablations, chosen_rate, comparison, images, language
 from .store import Row
 from .tasks import LANGUAGES, TASKS, TEXT, VISION
@@ -31,16 +31,12 @@ class Summary:
 
     @property
     def name(self) -> str:
-        return _named(self.method, self.budget)
+        return named(self.method, self.budget)
 
     def mean_by_seed(self, tasks: Sequence[str]) -> Scores:
         """Mean over the tasks for each seed that has them all; empty when none does."""
         seeds = set.intersection(*(set(self.trained.get(task, ())) for task in tasks))
         return {s: statistics.fmean(self.trained[task][s] for task in tasks) for s in sorted(seeds)}
-
-
-def _named(method: str, budget: float) -> str:
-    return method if budget == 1 else f"{method} {budget:.0%}"
 
 
 def summaries(rows: list[Row], entries, tasks: Sequence[str]) -> list[Summary]:
@@ -132,7 +128,7 @@ def _learning_rates(rows: list[Row]) -> str:
     tried: dict[tuple[str, str], list[Row]] = {}
     for r in rows:
         if r.phase == "trained" and r.seed == SEEDS[0]:
-            tried.setdefault((_named(r.method, r.budget), r.task), []).append(r)
+            tried.setdefault((named(r.method, r.budget), r.task), []).append(r)
     lines = []
     for (name, task), found in tried.items():
         found.sort(key=lambda r: (r.loss is not None, TASKS[task].merit(r.validation or 0)), reverse=True)

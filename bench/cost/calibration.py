@@ -26,10 +26,8 @@ COVARIANCES = jactus.JactusConfig(union_share=0.0)
 WITH_GRADIENT = jactus.JactusConfig()
 UPDATE_SIZES = (384, 768, 1536, 3072, 4096)
 UPDATE_TOKENS = 2048
-ALLOWED = {
-    "float32": 1e-3,
-    "bfloat16": 3e-2,
-}  # in bfloat16 the two runs round their gradients at different scales of the loss
+# In bfloat16 the two runs round their gradients at different scales of the loss.
+ALLOWED = {"float32": 1e-3, "bfloat16": 3e-2}
 
 
 def calibration(settings: tuple[Setting, ...] = SETTINGS) -> Iterator[Row]:
@@ -44,7 +42,7 @@ def _calibration(at: Setting) -> Iterator[Row]:
     batches = [subjects.batch(at.model, at.rows, at.length, at.device)] * BATCHES
 
     def ours(config: jactus.JactusConfig) -> jactus.Statistics:
-        with torch.autocast(at.device, torch.bfloat16, enabled=at.dtype == "bfloat16"):
+        with at.autocast():
             return jactus.calibrate(model, batches, config, progress=False)
 
     error = checks.within("calibration", _difference(ours(COVARIANCES), usual(model, batches, at)), ALLOWED[at.dtype])
@@ -103,7 +101,7 @@ def bare(model: nn.Module, batches: list[dict], at: Setting) -> None:
     """The same forward and backward, nothing summed."""
     with _frozen(model, find_targets(model, COVARIANCES)):
         for batch in batches:
-            with torch.autocast(at.device, torch.bfloat16, enabled=at.dtype == "bfloat16"):
+            with at.autocast():
                 loss = model(**batch).loss
             loss.backward()
 
@@ -117,7 +115,6 @@ def usual(
         name: (torch.zeros(t.n, t.n, device=t.weight.device), torch.zeros(t.m, t.m, device=t.weight.device))
         for name, t in layers.items()
     }
-
     means = {name: torch.zeros(t.m, t.n, device=t.weight.device) for name, t in layers.items()} if gradient else {}
 
     def upcast(rows: Tensor) -> Tensor:

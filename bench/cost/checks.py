@@ -44,7 +44,7 @@ def layers(model: nn.Module, dtype: str) -> float:
 
 
 @torch.no_grad()
-def same_logits(model: nn.Module, other: nn.Module, batch: dict[str, Tensor], dtype: str) -> float:
+def same_logits(model: nn.Module, other: nn.Module, batch: dict[str, Tensor]) -> float:
     """Two models that should compute the same, in float32; rounding of autocast is not theirs."""
     error = relative(other(**batch).logits, model(**batch).logits)
     return within(f"{type(model).__name__}, folded,", error, ALLOWED["float32"] * 10)

@@ -8,7 +8,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-from ..report import table
+from ..report import named, table
 from .store import Growth, Memory, Row
 
 # (measure, against, budget) → the ratio aimed at; a speed-up of 1.25 is 0.8.
@@ -93,7 +93,7 @@ def _memory(rows: Sequence[Memory]) -> str:
 
     lines = [
         (
-            row.model, f"{row.batch} × {row.length}", row.method + ("" if row.budget == 1 else f" {row.budget:.0%}"),
+            row.model, f"{row.batch} × {row.length}", named(row.method, row.budget),
             *(mb(getattr(row, kind)) for kind in ("weights", "gradients", "optimizer", "activations", "peak")),
         )
         for row in rows

@@ -19,6 +19,8 @@ from . import subjects
 from .race import race, ratio
 from .store import Row, Setting, compared
 
+Tensors = dict[str, torch.Tensor]
+
 
 def imports() -> Iterator[Row]:
     """A fresh interpreter that imports jactus, against one that imports what a user of it has imported anyway."""
@@ -35,7 +37,7 @@ def imports() -> Iterator[Row]:
 
 
 def files() -> Iterator[Row]:
-    """Compressed model, plan and statistics, against safetensors' own copy of the same bytes, on the same disk."""
+    """Compressed models and a plan, against safetensors' own copy of the same bytes, on the same disk."""
     torch.set_num_threads(1)
     plan = subjects.planned("smollm2")
     for name in ("smollm2", "llama-7b"):
@@ -53,37 +55,45 @@ def _model_files(at: Setting, model: Any, folder: Path) -> Iterator[Row]:
     for key, value in model.state_dict().items():
         if not torch.equal(value, loaded.state_dict()[key]):
             raise JactusError(f"{key} came back changed")
-    times = race(
-        {
-            "save": lambda: jactus.save_pretrained(model, folder / "ours"),
-            "save copy": lambda: save_file(stored, folder / "copy.safetensors"),
-            "load": lambda: AutoModelForCausalLM.from_pretrained(folder / "ours", dtype=torch.float32),
-            "load copy": lambda: _touched(load_file(folder / "copy.safetensors")),
-        },
-        rounds=(5, 9),
-    )
-    for what in ("save", "load"):
-        found = ratio(times[what], times[f"{what} copy"])
-        yield compared(f"{what} model", at, 0.8, "safetensors", found, 1.0, 0.0, versions())
+    yield from _against_copy(
+        "model", at, 0.8, stored, folder,
+        lambda: jactus.save_pretrained(model, folder / "ours"),
+        lambda: AutoModelForCausalLM.from_pretrained(folder / "ours", dtype=torch.float32),
+    )  # fmt: skip
 
 
 def _plan_files(at: Setting, plan: jactus.Plan, folder: Path) -> Iterator[Row]:
     plan.save(folder / "plan")
-    stored = load_file(folder / "plan")
-    times = race(
-        {
-            "save": lambda: plan.save(folder / "plan"),
-            "save copy": lambda: save_file(stored, folder / "copy.safetensors"),
-            "load": lambda: jactus.Plan.load(folder / "plan"),
-            "load copy": lambda: _touched(load_file(folder / "copy.safetensors")),
-        },
-        rounds=(5, 9),
-    )
-    for what in ("save", "load"):
-        found = ratio(times[what], times[f"{what} copy"])
-        yield compared(f"{what} plan", at, 1.0, "safetensors", found, 1.0, 0.0, versions())
+    yield from _against_copy(
+        "plan", at, 1.0, load_file(folder / "plan"), folder,
+        lambda: plan.save(folder / "plan"),
+        lambda: jactus.Plan.load(folder / "plan"),
+    )  # fmt: skip
 
 
-def _touched(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _against_copy(
+    what: str,
+    at: Setting,
+    budget: float,
+    stored: Tensors,
+    folder: Path,
+    save: Callable[[], Any],
+    load: Callable[[], Any],
+) -> Iterator[Row]:
+    """Rows for our `save` and `load`, against safetensors' of the same tensors."""
+    copy = folder / "copy.safetensors"
+    contenders = {
+        "save": save,
+        "save copy": lambda: save_file(stored, copy),
+        "load": load,
+        "load copy": lambda: _touched(load_file(copy)),
+    }
+    times = race(contenders, rounds=(5, 9))
+    for way in ("save", "load"):
+        found = ratio(times[way], times[f"{way} copy"])
+        yield compared(f"{way} {what}", at, budget, "safetensors", found, 1.0, 0.0, versions())
+
+
+def _touched(tensors: Tensors) -> Tensors:
     """Copies: a mapped file is not read before it is."""
     return {key: value.clone() for key, value in tensors.items()}

@@ -62,7 +62,7 @@ def _models(at: Setting, batch: dict) -> tuple[dict[str, nn.Module], dict[str, f
         name = f"jactus {budget:.0%}"
         three = subjects.ready(at.model, "jactus", budget).to(at.device).eval()
         models[name] = subjects.folded(three)
-        errors[name] = checks.same_logits(three, models[name], batch, at.dtype)
+        errors[name] = checks.same_logits(three, models[name], batch)
     return models, errors
 
 
@@ -71,7 +71,7 @@ def forward(model: nn.Module, batch: dict, at: Setting) -> Callable[[], Any]:
 
     @torch.no_grad()
     def run() -> None:
-        with torch.autocast(at.device, torch.bfloat16, enabled=at.dtype == "bfloat16"):
+        with at.autocast():
             model(**batch)
 
     return run

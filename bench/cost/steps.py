@@ -54,7 +54,7 @@ def step(model: nn.Module, batch: dict[str, Tensor], at: Setting) -> Callable[[]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
 
     def run() -> None:
-        with torch.autocast(at.device, torch.bfloat16, enabled=at.dtype == "bfloat16"):
+        with at.autocast():
             loss = model(**batch).loss
         loss.backward()
         optimizer.step()
@@ -114,7 +114,7 @@ def saved_bytes(model: nn.Module, batch: dict[str, Tensor], at: Setting) -> int:
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        with torch.autocast(at.device, torch.bfloat16, enabled=at.dtype == "bfloat16"):
+        with at.autocast():
             loss = model(**batch).loss
         total = sum(kept.values())  # while the graph lives, no storage is counted twice under one address
     del loss

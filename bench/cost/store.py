@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import torch
+
 from .race import Ratio
 
 
@@ -15,6 +17,10 @@ class Setting:
     rows: int = 0
     length: int = 0
     device: str = "cpu"
+
+    def autocast(self) -> torch.autocast:
+        """The context of a forward pass: bfloat16 if that is the dtype, else nothing."""
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.dtype == "bfloat16")
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,7 @@ def test_a_wrong_layer_gets_no_time():
     finally:
         jactus.CoreLinear.forward = forward
     with pytest.raises(JactusError, match="not reported"):
-        checks.same_logits(tiny(), model, subjects.unlabelled(subjects.batch("llama-7b", 2, 6)), "float32")
+        checks.same_logits(tiny(), model, subjects.unlabelled(subjects.batch("llama-7b", 2, 6)))
 
 
 def test_steps_prefill_and_decode_give_a_row_for_each_budget_and_peer():
