@@ -7,6 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import jactus
 from bench import rows as files
 from bench.cost import calibration, checks, figures, flops, growth, inference, planning, race, steps, store, subjects
+from bench.cost import files as disk
 from bench.cost.__main__ import FILES, main, parts, run
 from jactus_kernels import JactusError
 
@@ -32,7 +33,7 @@ def small(monkeypatch):
     """The decoder for every subject, and no more rounds than a spread needs."""
     monkeypatch.setattr(subjects, "dense", tiny)
     subjects.planned.cache_clear()
-    for module in (steps, inference, calibration, planning, growth):
+    for module in (steps, inference, calibration, planning, growth, disk):
         monkeypatch.setattr(module, "race", lambda contenders, **_: race.race(contenders, rounds=(2, 2)))
     before = torch.get_num_threads()
     yield
@@ -139,6 +140,12 @@ def test_a_layer_of_each_shape_stands_for_a_7b_block():
     rows = list(planning.planning_7b())
     assert [r.model for r in rows] == ["llama-7b"] * 2
     assert rows[0].error < 1e-9
+
+
+def test_models_and_plans_come_back_from_the_disk_before_they_are_timed(tmp_path):
+    model = subjects.ready("llama-7b", "jactus", 0.8)
+    rows = [*disk._model_files(AT, model, tmp_path), *disk._plan_files(AT, subjects.planned("llama-7b"), tmp_path)]
+    assert [r.measure for r in rows] == ["save model", "load model", "save plan", "load plan"]
 
 
 def test_growth_fits_the_exponent_of_what_grows(monkeypatch):
