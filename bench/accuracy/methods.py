@@ -2,12 +2,13 @@
 
 import ast
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import nn
 
 import jactus
+from jactus.plan import with_ranks
 from jactus_kernels import JactusError
 
 from .compressors import COMPRESSORS
@@ -24,15 +25,19 @@ RATES = {
 }
 OTHER_RATES = (1e-3, 2e-3, 4e-3)
 
+OWN = ("calibration", "head", "cores")  # settings of a Variant that are not fields of JactusConfig
+
 
 @dataclass(frozen=True)
 class Variant:
     """JACTUS with `changes` of its configuration; `calibration` examples (None: the task's own number); `head` 'fitted'
-    before calibration or 'random'."""
+    before calibration or 'random'; `cores`: 'uniform' takes, instead of the budget, as many core parameters as uniform
+    ranks have at it."""
 
     changes: dict
     calibration: int | None = None
     head: str = "fitted"
+    cores: str = ""
 
     @property
     def config(self) -> jactus.JactusConfig:
@@ -49,12 +54,12 @@ def variant(method: str) -> Variant | None:
     own: dict = {}
     for part in filter(None, (found[1] or "").split(",")):
         name, _, text = part.partition("=")
-        if name in ("calibration", "head"):
+        if name in OWN:
             own[name] = int(text) if name == "calibration" else text
         elif name in known:
             changes[name] = _value(text, known[name])
         else:
-            raise JactusError(f"{method}: {name!r} is no field of JactusConfig, nor 'calibration' or 'head'")
+            raise JactusError(f"{method}: {name!r} is no field of JactusConfig, nor one of {OWN}")
     return Variant(changes, **own)
 
 
@@ -86,4 +91,20 @@ def build(method: str, model: nn.Module, context: Context, budget: float) -> nn.
         return METHODS[method](model, context, budget)
     torch.manual_seed(context.seed)
     plan = jactus.plan(model, context.statistics, chosen.config.replace(budget=budget), progress=False)
+    if chosen.cores == "uniform":
+        plan = with_as_many_cores(plan, replanned(plan, allocation="uniform").core_parameters)
     return jactus.compress(model, plan)
+
+
+def replanned(plan: jactus.Plan, **changes) -> jactus.Plan:
+    """The same spectra allocated under other settings."""
+    return with_ranks(replace(plan, config=plan.config.replace(**changes)))
+
+
+def with_as_many_cores(plan: jactus.Plan, wanted: int) -> jactus.Plan:
+    """The plan at the largest budget (from half of its own) whose cores have `wanted` parameters at most, to a thousandth."""
+    low, high = plan.config.budget / 2, 1.0  # at 1 all stays dense
+    while high - low > 1e-3:
+        middle = (low + high) / 2
+        low, high = (middle, high) if plan.at(middle).core_parameters <= wanted else (low, middle)
+    return plan.at(low)

@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import BertConfig
 
+import jactus
 from bench import rows as files
-from bench.accuracy import cell, figures, matrix, methods, tasks
+from bench.accuracy import cell, figures, grouped, matrix, methods, tasks
 from bench.accuracy.matrix import Entry, chosen_rate, wanted
 from bench.accuracy.store import Cell, Row
 from bench.models import MeanPooledClassifier
@@ -151,3 +152,24 @@ def test_a_cell_is_the_same_twice(tiny):
 def test_a_run_that_diverges_is_a_row_without_a_loss(tiny):
     rows = cell.measure(Cell("tiny", "full", 1.0, 0, 1e30), torch.get_num_threads(), None, untrained=False)
     assert rows[-1].loss is None
+
+
+def test_cores_can_be_made_as_many_as_uniform_ranks_have(tiny):
+    task = tasks.TASKS["tiny"]
+    case = task.load()
+    statistics = tasks.calibrated(task, case, 64, 0, "fitted", None)
+    config = JactusConfig(accounting="folded", rank_multiple=2, budget=0.6)
+    plan = jactus.plan(case.model, statistics, config, progress=False)
+    wanted = methods.replanned(plan, allocation="uniform").core_parameters
+    found = methods.with_as_many_cores(plan, wanted)
+    assert found.core_parameters <= wanted < plan.at(found.config.budget + 0.05).core_parameters
+    assert found.config.allocation == "global"
+
+
+def test_stacked_layers_are_preserved_best_when_they_read_the_same_directions():
+    torch.manual_seed(0)
+    shared = torch.randn(32, 128, dtype=torch.float64)
+    alike = [torch.randn(128, 32, dtype=torch.float64) @ shared for _ in range(2)]
+    assert grouped.rise([torch.cat(alike)], 0.4) < 1e-9 * grouped.rise(alike, 0.4)
+    apart = [torch.randn(128, 128, dtype=torch.float64) for _ in range(2)]
+    assert grouped.rise([torch.cat(apart)], 0.4) > grouped.rise(apart, 0.6) > 0
