@@ -26,11 +26,19 @@ class JactusConfig:
     """
 
     budget: float = option(0.8, "What to keep, as a fraction in (0, 1] of `budget_unit` over `scope`.")
-    budget_unit: str = option("parameters", "'parameters', 'bytes' (as stored) or 'flops' (per calibration token).")
+    budget_unit: str = option(
+        "parameters",
+        "'parameters', 'bytes' (as stored), 'flops' (per calibration token) or 'latency': the time that the deployed layers "
+        "take for `latency_tokens`, measured while planning, on the device and in the dtype of the weights (our choice; no "
+        "layer gets a rank at which it is slower than dense). 'latency' needs accounting='folded'.",
+    )
     accounting: str = option(
         "three_factor",
         "'three_factor' counts r(m+n)+r² a layer, what is stored while training; 'folded' counts r(m+n), what is "
         "deployed. '80%' is ambiguous without this word.",
+    )
+    latency_tokens: int = option(
+        1, "Tokens of a call under budget_unit='latency': 1 is decoding, batch × length a whole sequence."
     )
     scope: str = option(
         "targets", "'targets': the budget is of the targeted layers; 'model': of the whole model (in parameters only)."
@@ -114,7 +122,9 @@ class JactusConfig:
                 object.__setattr__(self, name, str(getattr(self, name)).removeprefix("torch."))
         allowed = {
             "budget": _number(self.budget) and 0 < self.budget <= 1,
-            "budget_unit": self.budget_unit in ("parameters", "bytes", "flops"),
+            "budget_unit": self.budget_unit in ("parameters", "bytes", "flops")
+            or (self.budget_unit == "latency" and self.accounting == "folded"),
+            "latency_tokens": _whole(self.latency_tokens) and self.latency_tokens >= 1,
             "accounting": self.accounting in ("three_factor", "folded"),
             "scope": self.scope == "targets" or (self.scope == "model" and self.budget_unit == "parameters"),
             "target_modules": _names(self.target_modules),

@@ -4,7 +4,7 @@ Made once per calibration. `plan.at(0.6)` re-allocates from the spectra alone, s
 """
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -15,12 +15,14 @@ from jactus_kernels import JactusError
 from . import storage
 from .allocation import Offer, admissible_ranks, allocate, parameters
 from .config import JactusConfig
+from .latency import Times
 from .subspace import PARTS, Directions, Side, task_rank
 
 
 @dataclass(frozen=True)
 class PlannedLayer:
-    """One layer of a plan. `scales` are the mean diagonals of G and A (0 where the metric is the identity)."""
+    """One layer of a plan. `scales` are the mean diagonals of G and A (0 where the metric is the identity); `times` are
+    of the layer deployed, measured where the budget is of latency."""
 
     name: str
     m: int
@@ -30,6 +32,7 @@ class PlannedLayer:
     scales: tuple[float, float]
     tokens: int
     sizes: tuple[int, int]  # bytes per element of the bases and of the core
+    times: Times | None = None
 
     @property
     def energies(self) -> Tensor:
@@ -45,7 +48,11 @@ class PlannedLayer:
         weight_ranks = np.array([self.weight_rank(int(r), config) for r in ranks], dtype=int)
         gain = kept[np.minimum(weight_ranks, len(kept) - 1)]
         basis, core = self.sizes
-        if config.budget_unit == "bytes":
+        if config.budget_unit == "latency":
+            cost, dense = self._timed.at(ranks), self._timed.dense
+            pays = cost < dense
+            ranks, cost, gain = ranks[pays], cost[pays], gain[pays]
+        elif config.budget_unit == "bytes":
             cost = parameters(m, n, ranks, True) * basis + (0 if folded else ranks * ranks * core)
             dense = m * n * basis
         else:
@@ -56,6 +63,16 @@ class PlannedLayer:
         if ends_dense:
             ranks, cost, gain = np.append(ranks, min(m, n)), np.append(cost, dense), np.append(gain, kept[-1])
         return Offer(self.name, ranks, cost.astype(float), gain, ends_dense, float(dense))
+
+    @property
+    def _timed(self) -> Times:
+        if self.times is None:
+            raise JactusError(f"the plan has no times of {self.name}; plan again with budget_unit='latency'")
+        return self.times
+
+    def seconds(self, rank: int | None) -> float:
+        """What a call of the layer takes at a rank (None: dense). Raises JactusError where that was not measured."""
+        return self._timed.dense if rank is None else float(self._timed.at(np.array([rank]))[0])
 
     def weight_rank(self, rank: int, config: JactusConfig) -> int:
         """How many of `rank` directions a side are weight directions."""
@@ -119,6 +136,17 @@ class Plan:
                 lost += float(layer.energies[layer.weight_rank(rank, self.config) :].sum())
         return lost / 2
 
+    @property
+    def predicted_time(self) -> float:
+        """What calls of all targeted layers take, folded, as a part of what they take dense; measured while planning.
+
+        Raises JactusError where the plan was made for another unit than latency.
+        """
+        layers = self.layers.items()
+        return sum(layer.seconds(self.ranks[name]) for name, layer in layers) / sum(
+            layer.seconds(None) for _, layer in layers
+        )
+
     def save(self, path: str | os.PathLike) -> None:
         """Write one safetensors file, atomically. Raises JactusError when the disk refuses."""
         tensors: dict[str, Tensor] = {}
@@ -126,6 +154,7 @@ class Plan:
             tensors |= {f"{key}/{name}": t for key, t in _tensors(layer.directions).items()}
         described = {
             name: {k: getattr(layer, k) for k in ("m", "n", "fingerprint", "scales", "tokens", "sizes")}
+            | {"times": layer.times and asdict(layer.times)}
             for name, layer in self.layers.items()
         }
         meta = {"config": self.config.to_dict(), "layers": described, "other_parameters": self.other_parameters}
@@ -140,6 +169,8 @@ class Plan:
             of = {key.split("/", 1)[0]: t for key, t in tensors.items() if key.split("/", 1)[1] == name}
             left, right = (Side(*(of[f"{side}_{part}"] for part in PARTS)) for side in ("left", "right"))
             kept |= {key: tuple(kept[key]) for key in ("scales", "sizes")}
+            if times := kept.pop("times", None):  # plans of before there were any have none
+                kept["times"] = Times(times["dense"], tuple(times["ranks"]), tuple(times["folded"]))
             layers[name] = PlannedLayer(name, directions=Directions(left, right, of["sigma"], of["task_core"]), **kept)
         return with_ranks(cls(layers, JactusConfig.from_dict(meta["config"]), {}, meta["other_parameters"]))
 
@@ -191,4 +222,6 @@ def _table(plan: Plan) -> str:
         f"{plan.folded_parameters:,} ({plan.folded_parameters / dense:.1%}), cores {plan.core_parameters:,}; predicted "
         f"rise of the loss before training {plan.predicted_loss:.4g}"
     )
+    if plan.config.budget_unit == "latency":
+        lines[-1] += f"; measured time of these layers {plan.predicted_time:.1%} of dense"
     return "\n".join(lines)

@@ -1,5 +1,7 @@
 """Spectra and directions of every target layer, from its weight and what calibration saw: the work behind a plan."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -8,6 +10,7 @@ from jactus_kernels import JactusError
 
 from .allocation import admissible_ranks
 from .config import JactusConfig
+from .latency import measured
 from .plan import Plan, PlannedLayer, with_ranks
 from .statistics import Statistics
 from .subspace import Directions, Side, directions, metric, task_rank
@@ -37,9 +40,11 @@ def plan(
     if statistics is not None:
         _check_statistics(targets, statistics, config)
     inputs = _InputCache(statistics, config)
+    times = measured(targets, config) if config.budget_unit == "latency" else {}
     layers = {}
     for name, target in tqdm(targets.items(), "planning", unit="layer", disable=not progress):
-        layers[name] = _plan_layer(target, statistics if needs_any else None, config, inputs)
+        found = _plan_layer(target, statistics if needs_any else None, config, inputs)
+        layers[name] = replace(found, times=times.get(name))
     counted = sum(t.m * t.n for t in targets.values())
     others = sum(p.numel() for p in model.parameters()) - counted
     return with_ranks(Plan(layers, config, {}, others))

@@ -35,6 +35,7 @@ def parts(
         "training": (Row, on(steps.training, steps.SETTINGS)),
         "prefill": (Row, on(inference.prefill, inference.PREFILL)),
         "decode": (Row, on(inference.decode, inference.DECODE)),
+        "decode-timed": (Row, on(inference.decode_timed, inference.TIMED)),
         "memory": (Memory, on(steps.memory_rows, steps.MEMORY_SETTINGS)),
         "calibration": (Row, on(calibration.calibration, calibration.SETTINGS)),
     }

@@ -24,6 +24,7 @@ PREFILL = (
 )
 DECODE = tuple(Setting(m, dtype, threads, 1, 128) for m in ("smollm2", "llama-7b")
                for dtype in ("float32", "bfloat16") for threads in (1, 2))  # fmt: skip
+TIMED = tuple(s for s in DECODE if s.model == "smollm2")
 
 
 def prefill(settings: tuple[Setting, ...] = PREFILL) -> Iterator[Row]:
@@ -31,7 +32,7 @@ def prefill(settings: tuple[Setting, ...] = PREFILL) -> Iterator[Row]:
     for at in settings:
         torch.set_num_threads(at.threads)
         batch = subjects.unlabelled(subjects.batch(at.model, at.rows, at.length, at.device))
-        models, errors = _models(at, batch)
+        models, errors = _models(at, batch, lambda at, budget: subjects.ready(at.model, "jactus", budget))
         work = {name: flops.forward(model, batch) for name, model in models.items()}
         times = race({name: forward(model, batch, at) for name, model in models.items()}, device=at.device)
         for budget, name in zip(BUDGETS, errors):
@@ -41,10 +42,21 @@ def prefill(settings: tuple[Setting, ...] = PREFILL) -> Iterator[Row]:
 
 def decode(settings: tuple[Setting, ...] = DECODE) -> Iterator[Row]:
     """One token after `length` others. Weights are stored in the dtype: reading them is what takes the time."""
+    return _decoding("decode", settings, lambda at, budget: subjects.ready(at.model, "jactus", budget))
+
+
+def decode_timed(settings: tuple[Setting, ...] = TIMED) -> Iterator[Row]:
+    """The same where the budget is of the time that the layers were measured to take for one token."""
+    return _decoding("decode, budget of time", settings, lambda at, budget: subjects.timed(at.model, at.dtype, budget))
+
+
+def _decoding(
+    measure: str, settings: tuple[Setting, ...], make: Callable[[Setting, float], nn.Module]
+) -> Iterator[Row]:
     for at in settings:
         torch.set_num_threads(at.threads)
         batch = subjects.unlabelled(subjects.batch(at.model, at.rows, at.length, at.device))
-        models, errors = _models(at, batch)
+        models, errors = _models(at, batch, make)
         stored = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
         if at.dtype != "float32":
             models = {name: model.to(getattr(torch, at.dtype)) for name, model in models.items()}
@@ -52,15 +64,17 @@ def decode(settings: tuple[Setting, ...] = DECODE) -> Iterator[Row]:
         for budget, name in zip(BUDGETS, errors):
             found = ratio(times[name], times["dense"])
             floor = stored[name] / stored["dense"]
-            yield compared("decode", at, budget, "dense", found, floor, errors[name], versions())
+            yield compared(measure, at, budget, "dense", found, floor, errors[name], versions())
 
 
-def _models(at: Setting, batch: dict) -> tuple[dict[str, nn.Module], dict[str, float]]:
+def _models(
+    at: Setting, batch: dict, make: Callable[[Setting, float], nn.Module]
+) -> tuple[dict[str, nn.Module], dict[str, float]]:
     """The dense model, and the folded ones with their errors against themselves before folding."""
     models, errors = {"dense": subjects.dense(at.model).to(at.device)}, {}
     for budget in BUDGETS:
         name = f"jactus {budget:.0%}"
-        three = subjects.ready(at.model, "jactus", budget).to(at.device).eval()
+        three = make(at, budget).to(at.device).eval()
         models[name] = subjects.folded(three)
         errors[name] = checks.same_logits(three, models[name], batch)
     return models, errors

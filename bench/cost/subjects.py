@@ -50,9 +50,21 @@ def planned(name: str) -> Plan:
     model = dense(name)
     if name in SHAPED:
         return random_plan(model)
+    return jactus.plan(model, statistics(name), jactus.JactusConfig(), progress=False)
+
+
+def statistics(name: str) -> jactus.Statistics:
+    """Of a real model's task, in float32."""
     task = TASKS[REAL[name]]
-    statistics = calibrated(task, prepared(task, "fitted", 0), task.calibration, 0, "fitted", None)
-    return jactus.plan(model, statistics, jactus.JactusConfig(), progress=False)
+    return calibrated(task, prepared(task, "fitted", 0), task.calibration, 0, "fitted", None)
+
+
+def timed(name: str, dtype: str, budget: float) -> nn.Module:
+    """The model at a budget of the time that decoding takes on these threads in `dtype`; its weights stay float32."""
+    config = jactus.JactusConfig(accounting="folded", budget_unit="latency", dtype=dtype, budget=budget)
+    model = dense(name)
+    found = jactus.plan(model, statistics(name), config, progress=False)
+    return jactus.compress(model, replace(found, config=found.config.replace(dtype=None)))
 
 
 def random_plan(model: nn.Module) -> Plan:

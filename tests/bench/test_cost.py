@@ -1,5 +1,7 @@
 """The cost benchmarks on a tiny decoder: counts are exact, wrong results get no time, rows come back as written."""
 
+import dataclasses
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -9,6 +11,7 @@ from bench import rows as files
 from bench.cost import calibration, checks, figures, flops, growth, inference, planning, race, steps, store, subjects
 from bench.cost import files as disk
 from bench.cost.__main__ import FILES, main, parts, run
+from jactus.latency import Times
 from jactus_kernels import JactusError
 
 WIDE, INNER, WORDS = 128, 192, 512
@@ -99,6 +102,20 @@ def test_steps_prefill_and_decode_give_a_row_for_each_budget_and_peer():
     for found in (list(inference.prefill((AT,))), list(inference.decode((AT,)))):
         assert [(r.budget, r.against) for r in found] == [(0.8, "dense"), (0.5, "dense")]
         assert all(r.floor < 1 for r in found)
+
+
+def test_a_budget_of_time_is_kept_by_the_layers_measured_and_weights_stay_as_they_were(monkeypatch):
+    def invented(targets, config):
+        assert config.dtype == "bfloat16"
+        return {n: Times(t.m * t.n, (0, 999), (0.0, 999.0 * (t.m + t.n))) for n, t in targets.items()}
+
+    monkeypatch.setattr("jactus.planning.measured", invented)
+    batches = [subjects.batch("llama-7b", 8, 16)]
+    monkeypatch.setattr(subjects, "statistics", lambda name: jactus.calibrate(tiny(), batches, progress=False))
+    rows = list(inference.decode_timed((dataclasses.replace(AT, dtype="bfloat16"),)))
+    assert [(r.budget, r.against) for r in rows] == [(0.8, "dense"), (0.5, "dense")]
+    assert rows[1].floor < rows[0].floor < 1
+    assert all(r.ratio > 0 and r.error < 1e-4 for r in rows)
 
 
 def test_bytes_by_category_are_those_of_the_parameters_that_train():
