@@ -45,6 +45,15 @@ def layers(model: nn.Module, dtype: str) -> float:
 
 @torch.no_grad()
 def same_logits(model: nn.Module, other: nn.Module, batch: dict[str, Tensor]) -> float:
-    """Two models that should compute the same, in float32; rounding of autocast is not theirs."""
+    """Two models that should compute the same, in float32."""
     error = relative(other(**batch).logits, model(**batch).logits)
     return within(f"{type(model).__name__}, folded,", error, ALLOWED["float32"] * 10)
+
+
+@torch.no_grad()
+def rounded_logits(model: nn.Module, other: nn.Module, batch: dict[str, Tensor]) -> float:
+    """`other`, computed in bfloat16 where this is called, against `model` in float32."""
+    found = other(**batch).logits
+    with torch.autocast(found.device.type, enabled=False):
+        right = model(**batch).logits
+    return within(f"{type(model).__name__}, folded, in bfloat16,", relative(found, right), ALLOWED["bfloat16"])

@@ -1,6 +1,7 @@
 """Deployed: the folded model against the dense one, on whole sequences and token by token."""
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -11,11 +12,9 @@ from transformers import DynamicCache
 from ..report import versions
 from . import checks, flops, subjects
 from .race import race, ratio
-from .steps import BUDGETS
+from .steps import BASIC, BUDGETS
 from .store import Row, Setting, compared
 
-BASIC = (Setting("minilm", rows=32, length=32), Setting("vit-b", rows=8, length=197),
-         Setting("smollm2", rows=2, length=128), Setting("llama-7b", rows=2, length=128))  # fmt: skip
 PREFILL = (
     *(replace(s, threads=2) for s in BASIC),
     *(replace(s, threads=2, dtype="bfloat16") for s in BASIC),
@@ -28,11 +27,11 @@ TIMED = tuple(s for s in DECODE if s.model == "smollm2")
 
 
 def prefill(settings: tuple[Setting, ...] = PREFILL) -> Iterator[Row]:
-    """A forward pass over whole sequences."""
+    """A forward pass over whole sequences; bfloat16 is autocast, the weights float32."""
     for at in settings:
         torch.set_num_threads(at.threads)
         batch = subjects.unlabelled(subjects.batch(at.model, at.rows, at.length, at.device))
-        models, errors = _models(at, batch, lambda at, budget: subjects.ready(at.model, "jactus", budget))
+        models, errors = _models(at, batch, _by_parameters, at.autocast, torch.float32)
         work = {name: flops.forward(model, batch) for name, model in models.items()}
         times = race({name: forward(model, batch, at) for name, model in models.items()}, device=at.device)
         for budget, name in zip(BUDGETS, errors):
@@ -42,24 +41,27 @@ def prefill(settings: tuple[Setting, ...] = PREFILL) -> Iterator[Row]:
 
 def decode(settings: tuple[Setting, ...] = DECODE) -> Iterator[Row]:
     """One token after `length` others. Weights are stored in the dtype: reading them is what takes the time."""
-    return _decoding("decode", settings, lambda at, budget: subjects.ready(at.model, "jactus", budget))
+    return _decoding("decode", settings, _by_parameters)
 
 
 def decode_timed(settings: tuple[Setting, ...] = TIMED) -> Iterator[Row]:
     """The same where the budget is of the time that the layers were measured to take for one token."""
-    return _decoding("decode, budget of time", settings, lambda at, budget: subjects.timed(at.model, at.dtype, budget))
+    return _decoding("decode, budget of time", settings, lambda at, b: subjects.timed(at.model, at.dtype, b))
 
 
-def _decoding(
-    measure: str, settings: tuple[Setting, ...], make: Callable[[Setting, float], nn.Module]
-) -> Iterator[Row]:
+Make = Callable[[Setting, float], nn.Module]  # the three-factor model at a budget
+
+
+def _by_parameters(at: Setting, budget: float) -> nn.Module:
+    return subjects.ready(at.model, "jactus", budget)
+
+
+def _decoding(measure: str, settings: tuple[Setting, ...], make: Make) -> Iterator[Row]:
     for at in settings:
         torch.set_num_threads(at.threads)
         batch = subjects.unlabelled(subjects.batch(at.model, at.rows, at.length, at.device))
-        models, errors = _models(at, batch, make)
+        models, errors = _models(at, batch, make, nullcontext, getattr(torch, at.dtype))
         stored = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
-        if at.dtype != "float32":
-            models = {name: model.to(getattr(torch, at.dtype)) for name, model in models.items()}
         times = race({name: next_token(model, batch) for name, model in models.items()}, device=at.device)
         for budget, name in zip(BUDGETS, errors):
             found = ratio(times[name], times["dense"])
@@ -68,15 +70,20 @@ def _decoding(
 
 
 def _models(
-    at: Setting, batch: dict, make: Callable[[Setting, float], nn.Module]
+    at: Setting, batch: dict, make: Make, context: Callable[[], AbstractContextManager], stored: torch.dtype
 ) -> tuple[dict[str, nn.Module], dict[str, float]]:
-    """The dense model, and the folded ones with their errors against themselves before folding."""
-    models, errors = {"dense": subjects.dense(at.model).to(at.device)}, {}
+    """The dense model and the folded ones, with weights of dtype `stored`, and the errors of these against themselves
+    before folding: in float32, and where they will run in bfloat16, computed as they will be."""
+    models, errors = {"dense": subjects.dense(at.model).to(at.device, stored)}, {}
     for budget in BUDGETS:
         name = f"jactus {budget:.0%}"
         three = make(at, budget).to(at.device).eval()
-        models[name] = subjects.folded(three)
-        errors[name] = checks.same_logits(three, models[name], batch)
+        folded = subjects.folded(three)
+        errors[name] = checks.same_logits(three, folded, batch)
+        models[name] = folded.to(stored)
+        if at.dtype != "float32":
+            with context():
+                errors[name] = checks.rounded_logits(three, folded, batch)
     return models, errors
 
 

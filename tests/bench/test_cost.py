@@ -94,6 +94,17 @@ def test_a_wrong_layer_gets_no_time():
         checks.same_logits(tiny(), model, subjects.unlabelled(subjects.batch("llama-7b", 2, 6)))
 
 
+def test_bfloat16_is_held_to_the_float32_model():
+    batch = subjects.unlabelled(subjects.batch("llama-7b", 2, 6))
+    model = tiny()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert 1e-4 < checks.rounded_logits(model, model, batch) < 3e-2
+        other = tiny()
+        other.lm_head.weight.data *= 1.1
+        with pytest.raises(JactusError, match="in bfloat16"):
+            checks.rounded_logits(model, other, batch)
+
+
 def test_steps_prefill_and_decode_give_a_row_for_each_budget_and_peer():
     rows = list(steps.training((AT,)))
     assert [(r.budget, r.against) for r in rows] == [(b, p) for b in (0.8, 0.5) for p in ("lora", "full", "dora")]
@@ -115,7 +126,7 @@ def test_a_budget_of_time_is_kept_by_the_layers_measured_and_weights_stay_as_the
     rows = list(inference.decode_timed((dataclasses.replace(AT, dtype="bfloat16"),)))
     assert [(r.budget, r.against) for r in rows] == [(0.8, "dense"), (0.5, "dense")]
     assert rows[1].floor < rows[0].floor < 1
-    assert all(r.ratio > 0 and r.error < 1e-4 for r in rows)
+    assert all(r.ratio > 0 and 1e-4 < r.error < 3e-2 for r in rows)
 
 
 def test_bytes_by_category_are_those_of_the_parameters_that_train():
@@ -162,7 +173,9 @@ def test_a_layer_of_each_shape_stands_for_a_7b_block():
 def test_models_and_plans_come_back_from_the_disk_before_they_are_timed(tmp_path):
     model = subjects.ready("llama-7b", "jactus", 0.8)
     rows = [*disk._model_files(AT, model, tmp_path), *disk._plan_files(AT, subjects.planned("llama-7b"), tmp_path)]
-    assert [r.measure for r in rows] == ["save model", "load model", "save plan", "load plan"]
+    ways = [("save", "safetensors"), ("save", "safetensors and fsync"), ("load", "safetensors")]
+    expected = [(f"{way} {what}", against) for what in ("model", "plan") for way, against in ways]
+    assert [(r.measure, r.against) for r in rows] == expected
 
 
 def test_growth_fits_the_exponent_of_what_grows(monkeypatch):
