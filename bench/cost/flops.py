@@ -1,8 +1,7 @@
 """Counted work: multiply-adds of the linear layers of a model on one batch, dense, adapted or low-rank.
 
-What is not a linear layer (attention, normalisation, the optimizer) is not counted. Gradients of inputs are counted for every
-layer, though a method whose embeddings are frozen needs none for the inputs of the first ones: in a model of one or two blocks
-that is a part one sees.
+What is not a linear layer (attention, normalisation, the optimizer) is not counted. Where embeddings are frozen the first layers
+need no gradients of their inputs, and none are counted: in a model of one or two blocks that is a part one sees.
 """
 
 import torch
@@ -18,23 +17,25 @@ KINDS = (nn.Linear, Conv1D, CoreLinear, FoldedLinear)
 @torch.no_grad()
 def forward(model: nn.Module, batch: Batch) -> float:
     """Multiply-adds of a forward pass."""
-    return sum(tokens * _forward(layer) for layer, tokens in _tokens(model, batch))
+    return sum(tokens * _forward(layer) for layer, tokens, _ in _calls(model, batch))
 
 
-@torch.no_grad()
+@torch.enable_grad()
 def training(model: nn.Module, batch: Batch) -> float:
-    """Multiply-adds of a forward and a backward pass: gradients of all inputs, and of the weights that train."""
-    return sum(tokens * (_forward(layer) + _backward(layer)) for layer, tokens in _tokens(model, batch))
+    """Multiply-adds of a forward and a backward pass: gradients of the inputs and weights that need one."""
+    found = _calls(model, batch)
+    return sum(tokens * (_forward(layer) + _backward(layer, inside)) for layer, tokens, inside in found)
 
 
-def _tokens(model: nn.Module, batch: Batch) -> list[tuple[nn.Module, int]]:
-    """Each linear layer that the batch goes through, once a call, with the rows it is given."""
-    seen: list[tuple[nn.Module, int]] = []
-    handles = [
-        layer.register_forward_hook(lambda layer, args, _: seen.append((layer, args[0].numel() // args[0].shape[-1])))
-        for layer in model.modules()
-        if isinstance(layer, KINDS)
-    ]
+def _calls(model: nn.Module, batch: Batch) -> list[tuple[nn.Module, int, bool]]:
+    """Each linear layer that the batch goes through, once a call: with the rows it is given, and whether these need a
+    gradient."""
+    seen: list[tuple[nn.Module, int, bool]] = []
+
+    def record(layer: nn.Module, args: tuple, output: Tensor) -> None:
+        seen.append((layer, args[0].numel() // args[0].shape[-1], args[0].requires_grad))
+
+    handles = [layer.register_forward_hook(record) for layer in model.modules() if isinstance(layer, KINDS)]
     try:
         model(**batch)
     finally:
@@ -50,7 +51,8 @@ def _forward(layer: nn.Module) -> int:
     return layer.weight.numel()  # type: ignore[union-attr, return-value]
 
 
-def _backward(layer: nn.Module) -> int:
-    if isinstance(layer, CoreLinear):  # q = gU, qᵀh, qC, (qC)Vᵀ
-        return _forward(layer) + layer.rank**2
-    return _forward(layer) * (2 if layer.weight.requires_grad else 1)  # type: ignore[union-attr]
+def _backward(layer: nn.Module, inside: bool) -> int:
+    if isinstance(layer, CoreLinear):  # q = gU and qᵀh; then qC and (qC)Vᵀ
+        square = layer.rank**2
+        return layer.rank * layer.out_features + square + inside * (square + layer.rank * layer.in_features)
+    return _forward(layer) * (inside + layer.weight.requires_grad)  # type: ignore[union-attr]
