@@ -1,7 +1,7 @@
 """Step 4: how much rank each layer gets under one budget, by marginal gain per unit of cost.
 
 A layer offers points (cost, gain) at its admissible ranks and, last, at dense: gain is the loss avoided, the sum of the
-squared singular values kept in the metric (one unit over all layers), cost is parameters, bytes or FLOPs. Marginal gain
+squared singular values kept in the metric (one unit over all layers), cost is parameters, bytes, FLOPs or seconds. Marginal gain
 per cost along the upper concave hull of these points falls, so the best steps of all layers, sorted by slope and taken
 until the budget is spent, are optimal up to one step. Dense is a point like any other: past break-even a layer jumps to
 it when that pays more than rank elsewhere, and otherwise leaves its budget to others.
@@ -61,10 +61,12 @@ def allocate(offers: list[Offer], budget: float, fraction: float, uniform: bool,
         chosen = _by_marginal_gain(offers, budget, floors)
     spent = sum(o.cost[c] for o, c in zip(offers, chosen))
     if spent > budget * (1 + 1e-12):
-        least = sum(o.cost[0] for o in offers) / max(sum(o.dense_cost for o in offers), 1)
+        least = sum(o.cost[0] for o in offers) / sum(o.dense_cost for o in offers)
+        dense = sum(o.is_dense(0) for o in offers)
         raise JactusError(
             f"a budget of {fraction:.4g} of the targeted layers is less than their least ranks cost; raise the budget, "
-            f"lower rank_floor or rank_multiple (the smallest ranks of all cost {least:.4g})"
+            f"lower rank_floor or rank_multiple (the least of all costs {least:.4g}, with {dense} of {len(offers)} layers "
+            "dense because no rank of theirs is cheaper)"
         )
     return chosen
 
@@ -76,14 +78,16 @@ def _evenly(offers: list[Offer], budget: float, fraction: float) -> list[int]:
     def at(part: float) -> list[int]:
         return [_affordable(o, part * o.dense_cost) for o in offers]
 
+    def fits(part: float) -> bool:
+        return sum(o.cost[c] for o, c in zip(offers, at(part))) <= budget * (1 + 1e-12)
+
+    if fits(fraction):
+        return at(fraction)
     low, high = 0.0, fraction
-    chosen = at(high)
-    while sum(o.cost[c] for o, c in zip(offers, chosen)) > budget * (1 + 1e-12) and high - low > 1e-6:
+    while high - low > 1e-6:
         middle = (low + high) / 2
-        over = sum(o.cost[c] for o, c in zip(offers, at(middle))) > budget
-        low, high = (low, middle) if over else (middle, high)
-        chosen = at(low)
-    return chosen
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return at(low)
 
 
 def _affordable(offer: Offer, cost: float) -> int:

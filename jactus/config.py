@@ -28,9 +28,9 @@ class JactusConfig:
     budget: float = option(0.8, "What to keep, as a fraction in (0, 1] of `budget_unit` over `scope`.")
     budget_unit: str = option(
         "parameters",
-        "'parameters', 'bytes' (as stored), 'flops' (per calibration token) or 'latency': the time that the deployed layers "
-        "take for `latency_tokens`, measured while planning, on the device and in the dtype of the weights (our choice; no "
-        "layer gets a rank at which it is slower than dense). 'latency' needs accounting='folded'.",
+        "'parameters', 'bytes' (as stored), 'flops' (per calibration token) or 'latency': the time that one call of each "
+        "layer, folded, takes for `latency_tokens`, measured while planning on the device of the weights and in their dtype "
+        "(our choice; no layer gets a rank at which it is slower than dense). 'latency' needs accounting='folded'.",
     )
     accounting: str = option(
         "three_factor",
@@ -177,6 +177,10 @@ class JactusConfig:
     def task_sources(self) -> tuple[str, ...]:
         """The union's sources other than the weight; none when they get no share of the rank."""
         return tuple(s for s in self.union if s != "weight") if self.union_share > 0 else ()
+
+    def basis_dtype(self, weight: torch.dtype) -> torch.dtype:
+        """What U and V are stored in where a weight of that dtype stood."""
+        return getattr(torch, self.dtype) if self.dtype else weight
 
     def replace(self, **changes: Any) -> "JactusConfig":
         """A copy with some fields changed, validated again."""

@@ -7,8 +7,8 @@ layer's cost is its measured time, and ranks that do not pay are not on offer. O
 import copy
 import statistics
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,11 +20,12 @@ from .config import JactusConfig
 from .layers import FoldedLinear
 from .targets import Target
 
-RANKS = 5  # of each shape, evenly spread; the time between them is nearly a straight line
+RANKS = 5  # of each shape, evenly spread; on a CPU the time between them is nearly a straight line
 ROUNDS = 3
-# Layers are timed in turn over copies of this many bytes together (or as many as the model has, if fewer): between two
-# calls of one layer a model reads all the others, so its weights come from memory and not from a cache.
-COPIED = 128 * 2**20
+# Between two calls of one layer a model reads all the others, so its weights come from memory and not from a cache: each layer is
+# timed over copies of itself, as many as the model has layers, of this many bytes at most (all six layers of a shape: six
+# times that), and fewer where many tokens use a weight once it is there.
+COPIED = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -39,56 +40,62 @@ class Times:
         """Seconds at each of `ranks` (J,), rising: interpolated, and no rank quicker than a smaller one."""
         if not len(ranks):
             return np.zeros(0)
-        seconds = np.maximum.accumulate(np.interp(ranks, self.ranks, self.folded))
-        return seconds + 1e-6 * self.dense * np.arange(len(seconds))
+        return np.interp(ranks, self.ranks, np.maximum.accumulate(self.folded)) + 1e-9 * self.dense * ranks
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What the time of a layer depends on: `weight` and `basis` are the dtypes it has dense, and of its factors."""
+
+    m: int
+    n: int
+    transposed: bool
+    bias: bool
+    weight: torch.dtype
+    basis: torch.dtype
+    device: torch.device
+
+    def folded(self, rank: int) -> FoldedLinear:
+        """Such a layer, all its numbers alike and written: memory that never was is read from one page."""
+        with torch.device(self.device):
+            layer = FoldedLinear(self.m, self.n, rank, self.bias, self.transposed, self.basis)
+        for p in layer.parameters():
+            p.fill_(1 / self.n)
+        return layer
 
 
 def measured(targets: dict[str, Target], config: JactusConfig) -> dict[str, Times]:
-    """The times of every target layer, each shape measured once, in the dtype the factors are stored in."""
-    size = sum(t.weight.numel() * t.weight.element_size() for t in targets.values())
-    found: dict[tuple, Times] = {}
+    """The times of every target layer, each kind measured once, for `config.latency_tokens` in the dtype of the weights."""
+    found: dict[Kind, Times] = {}
     times = {}
-    for name, target in targets.items():
-        weight = target.weight
-        dtype = getattr(torch, config.dtype) if config.dtype else weight.dtype
-        kind = (target.m, target.n, target.transposed, target.module.bias is not None, dtype, weight.device)
+    for name, t in targets.items():
+        dtype = t.weight.dtype
+        bias = t.module.bias is not None
+        kind = Kind(t.m, t.n, t.transposed, bias, dtype, config.basis_dtype(dtype), t.weight.device)
         if kind not in found:
-            found[kind] = _measure(*kind, config.rank_multiple, config.latency_tokens, min(size, COPIED))
+            found[kind] = _measure(kind, config, len(targets))
         times[name] = found[kind]
     return times
 
 
 @torch.no_grad()
-def _measure(
-    m: int, n: int, transposed: bool, bias: bool, dtype: torch.dtype, device: torch.device, multiple: int, tokens: int,
-    copied: int,
-) -> Times:  # fmt: skip
-    offered = admissible_ranks(m, n, multiple, folded=True)
-    chosen = (
-        np.unique(offered[np.linspace(0, len(offered) - 1, RANKS).round().astype(int)]) if len(offered) else offered
-    )
-    ranks = tuple(int(r) for r in chosen)
-    x = torch.ones(tokens, n, dtype=dtype, device=device)
-    layers: list[nn.Module] = [_filled(m, n, r, bias, transposed, dtype, device) for r in ranks]
-    layers.append(_filled(m, n, 1, bias, transposed, dtype, device).dense())
+def _measure(kind: Kind, config: JactusConfig, layers: int) -> Times:
+    offered = admissible_ranks(kind.m, kind.n, config.rank_multiple, folded=True)
+    chosen = np.unique(np.linspace(0, len(offered) - 1, min(RANKS, len(offered))).round().astype(int))
+    ranks = tuple(int(r) for r in offered[chosen])
+    x = torch.ones(config.latency_tokens, kind.n, dtype=kind.weight, device=kind.device)
+    contenders: list[nn.Module] = [*map(kind.folded, ranks), kind.folded(1).dense().to(kind.weight)]
     timers = []
-    for layer in layers:
+    for layer in contenders:
         each = sum(p.numel() * p.element_size() for p in layer.parameters())
-        copies = [layer, *(copy.deepcopy(layer) for _ in range(copied // each))]
-        timers.append(
-            (len(copies), Timer("run()", globals={"run": _run(copies, x)}, num_threads=torch.get_num_threads()))
-        )
-    rounds = [[t.blocked_autorange(min_run_time=0.05).median / k for k, t in timers] for _ in range(ROUNDS)]
+        count = max(1, min(COPIED // (each * len(x)), layers))
+        run = _run([layer, *(copy.deepcopy(layer) for _ in range(count - 1))], x)
+        timers.append((count, Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())))
+    # the timer synchronises the current device, which need not be the layer's
+    with torch.cuda.device(kind.device) if kind.device.type == "cuda" else nullcontext():
+        rounds = [[timer.blocked_autorange(min_run_time=0.05).median / k for k, timer in timers] for _ in range(ROUNDS)]
     *folded, dense = (statistics.median(column) for column in zip(*rounds))
     return Times(dense, ranks, tuple(folded))
-
-
-def _filled(m: int, n: int, rank: int, bias: bool, transposed: bool, dtype: torch.dtype, device: Any) -> FoldedLinear:
-    with torch.device(device):
-        layer = FoldedLinear(m, n, rank, bias, transposed, dtype)
-    for p in layer.parameters():
-        p.fill_(1 / n)  # written: memory that never was is read from one page
-    return layer
 
 
 def _run(layers: list[nn.Module], x: torch.Tensor) -> Callable[[], None]:

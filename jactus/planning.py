@@ -122,7 +122,7 @@ def _plan_layer(
         )
     except torch.linalg.LinAlgError as e:
         raise JactusError(f"{target}: {e}") from e
-    basis = getattr(torch, config.dtype) if config.dtype else weight.dtype
+    basis = config.basis_dtype(weight.dtype)
     return PlannedLayer(
         target.name,
         target.m,

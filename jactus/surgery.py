@@ -75,7 +75,7 @@ def core_linear_from(
     whiten = config.coordinates == "fisher"
     U, C, V = change_coordinates(U, C, V, whiten, extra * layer.scales[0], extra * layer.scales[1])
     U, C = U * step, C / step
-    basis = getattr(torch, config.dtype) if config.dtype else weight.dtype
+    basis = config.basis_dtype(weight.dtype)
     with torch.device("meta"):
         new = CoreLinear(layer.m, layer.n, rank, trainable_rank=config.trainable_rank, transposed=_is_transposed(old))
     for name, value, dtype in (("U", U, basis), ("core", C, core_dtype(config, basis)), ("V", V, basis)):

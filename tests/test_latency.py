@@ -2,26 +2,31 @@
 
 import copy
 import math
+import re
+import types
+from typing import ClassVar
 
 import numpy as np
 import pytest
+import torch
 
 import jactus
 from jactus import JactusError, Plan
+from jactus.allocation import Offer, allocate
 from jactus.latency import Times, measured
 from jactus.targets import find_targets
-from tests.models import BERT, SMALL
+from tests.models import BERT, GPT2, SMALL
 
 TIMED = SMALL.replace(accounting="folded", budget_unit="latency", rank_multiple=1)
 
 
 def invented(targets, config):
-    """Square layers take as long as they have weights; the others are slower folded, at any rank."""
+    """Square layers take a nanosecond for each weight; the others are slower folded, at any rank."""
 
     def times(t):
         most = t.m * t.n // (t.m + t.n)
-        folded = (0.0, float(most * (t.m + t.n))) if t.m == t.n else (2.0 * t.m * t.n,) * 2
-        return Times(float(t.m * t.n), (0, most), folded)
+        folded = (0.0, 1e-9 * most * (t.m + t.n)) if t.m == t.n else (2e-9 * t.m * t.n,) * 2
+        return Times(1e-9 * t.m * t.n, (0, most), folded)
 
     return {name: times(t) for name, t in targets.items()}
 
@@ -42,13 +47,18 @@ def test_what_is_slower_at_every_rank_stays_dense_and_the_rest_pays_for_it(timed
     spent = {n: r * (layer.m + layer.n) for n, layer in plan.layers.items() if (r := plan.ranks[n]) is not None}
     dense = sum(plan.layers[n].m * plan.layers[n].n for n in oblong)
     expected = (sum(spent.values()) + dense) / plan.dense_parameters
-    assert math.isclose(plan.predicted_time, expected, rel_tol=1e-9)
+    assert math.isclose(plan.predicted_time, expected, rel_tol=1e-6)
     assert budget - 0.1 < expected <= budget
 
 
 def test_a_time_that_the_dense_layers_alone_exceed_is_refused(timed):
-    with pytest.raises(JactusError, match="less than their least ranks cost"):
-        timed[1].at(0.3)
+    plan = timed[1]
+    oblong = {name for name, layer in plan.layers.items() if layer.m != layer.n}
+    part = sum(plan.layers[n].m * plan.layers[n].n for n in oblong) / plan.dense_parameters
+    with pytest.raises(JactusError, match=f"with {len(oblong)} of {len(plan.layers)} layers dense") as e:
+        plan.at(0.3)
+    least = float(re.search(r"the least of all costs ([\d.e-]+)", str(e.value))[1])
+    assert part < least < part + 0.1
 
 
 def test_times_are_saved_with_the_plan_and_older_plans_have_none(timed, tmp_path):
@@ -70,22 +80,85 @@ def test_no_rank_is_taken_to_be_quicker_than_a_smaller_one():
     ranks = np.array([4, 8, 12, 16])
     seconds = Times(10.0, (4, 8, 16), (3.0, 2.0, 6.0)).at(ranks)
     assert (np.diff(seconds) > 0).all()
-    np.testing.assert_allclose(seconds, [3.0, 3.0, 4.0, 6.0], rtol=1e-4)
+    np.testing.assert_allclose(seconds, [3.0, 3.0, 4.5, 6.0], rtol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", [None, "bfloat16"])
-def test_each_shape_is_measured_once_at_ranks_it_may_have(monkeypatch, dtype):
-    monkeypatch.setattr("jactus.latency.COPIED", 1000)
-    targets = find_targets(BERT.model(), TIMED)
-    found = measured(targets, TIMED.replace(dtype=dtype))
+class Clock:
+    """Stands for torch's timer: a call takes a second for each parameter, and what was timed is kept."""
+
+    timed: ClassVar[list] = []
+
+    def __init__(self, stmt, globals, num_threads):
+        self.layers, self.x = globals["run"].__closure__[0].cell_contents, globals["run"].__closure__[1].cell_contents
+        Clock.timed.append((self.layers, self.x))
+        globals["run"]()
+
+    def blocked_autorange(self, min_run_time):
+        seconds = sum(p.numel() for layer in self.layers for p in layer.parameters())
+        return types.SimpleNamespace(median=float(seconds))
+
+
+@pytest.mark.parametrize(("family", "dtype"), [(BERT, None), (GPT2, None), (BERT, "bfloat16")])
+def test_each_shape_is_timed_once_dense_and_at_ranks_it_may_have(monkeypatch, family, dtype):
+    monkeypatch.setattr("jactus.latency.Timer", Clock)
+    monkeypatch.setattr(Clock, "timed", [])
+    targets = find_targets(family.model(), TIMED)
+    found = measured(targets, TIMED.replace(dtype=dtype, latency_tokens=3))
     assert found.keys() == targets.keys()
-    assert len({id(times) for times in found.values()}) == len({(t.m, t.n) for t in targets.values()})
+    kinds = {(t.m, t.n): found[name] for name, t in targets.items()}
+    assert len(Clock.timed) == sum(len(times.ranks) + 1 for times in kinds.values())
     for name, t in targets.items():
-        times = found[name]
-        assert 0 < times.dense < 1
-        assert all(0 < s < 1 for s in times.folded)
-        assert len(times.ranks) == len(times.folded) > 1
+        times, bias = found[name], t.module.bias is not None
+        assert times.dense == t.m * t.n + bias * t.m
+        assert times.folded == tuple(r * (t.m + t.n) + bias * t.m for r in times.ranks)
+        assert len(times.ranks) > 1
         assert all(r * (t.m + t.n) < t.m * t.n for r in times.ranks)
+    for layers, x in Clock.timed:
+        assert x.shape[0] == 3
+        assert x.dtype == torch.float32, "activations are of the weights' dtype, whatever the factors are stored in"
+        folded = isinstance(layers[0], jactus.FoldedLinear)
+        assert next(layers[0].parameters()).dtype == (torch.bfloat16 if folded and dtype else torch.float32)
+        assert 1 < len(layers) <= len(targets)
+        assert len({p.data_ptr() for layer in layers for p in layer.parameters()}) == sum(
+            1 for m in layers for _ in m.parameters()
+        )
+
+
+def test_many_tokens_use_a_weight_often_enough_for_one_copy(monkeypatch):
+    monkeypatch.setattr("jactus.latency.Timer", Clock)
+    monkeypatch.setattr("jactus.latency.COPIED", 10_000)
+    for tokens, copied in ((1, True), (4096, False)):
+        monkeypatch.setattr(Clock, "timed", [])
+        measured(find_targets(BERT.model(), TIMED), TIMED.replace(latency_tokens=tokens))
+        assert any(len(layers) > 1 for layers, _ in Clock.timed) == copied
+
+
+def test_a_layer_without_a_rank_that_is_smaller_has_only_its_dense_time(monkeypatch):
+    monkeypatch.setattr("jactus.latency.Timer", Clock)
+    config = TIMED.replace(rank_multiple=64)
+    found = measured(find_targets(BERT.model(), TIMED), config)
+    assert all(times.ranks == () and times.dense > 0 for times in found.values())
+    assert next(iter(found.values())).at(np.array([], dtype=int)).shape == (0,)
+
+
+def test_uniform_ranks_use_what_dense_layers_leave():
+    """Two of four layers have nothing but dense to offer; the others' steps are a third of a layer."""
+    dense = [Offer(f"d{i}", np.array([48]), np.array([1.0]), np.array([1.0]), True, 1.0) for i in range(2)]
+    steps = [
+        Offer(f"s{i}", np.array([16, 32, 48]), np.array([0.2, 0.533, 0.867]), np.array([0.5, 0.8, 0.9]), False, 1.0)
+        for i in range(2)
+    ]
+    assert allocate([*dense, *steps], 3.6, 0.9, True, 0) == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("changes", [{"allocation": "uniform"}, {"leave_dense": True}])
+def test_a_time_is_kept_under_every_allocation(monkeypatch, changes):
+    monkeypatch.setattr("jactus.planning.measured", invented)
+    model = BERT.model()
+    config = TIMED.replace(**changes)
+    plan = jactus.plan(model, jactus.calibrate(model, BERT.batches(), config, progress=False), config, progress=False)
+    for budget in (0.9, 0.8):
+        assert budget - 0.15 < plan.at(budget).predicted_time <= budget
 
 
 def test_a_model_compressed_to_a_time_works_as_any_other(timed):

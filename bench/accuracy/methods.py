@@ -39,6 +39,12 @@ class Variant:
     head: str = "fitted"
     cores: str = ""
 
+    def __post_init__(self) -> None:
+        if self.head not in ("fitted", "random") or self.cores not in ("", "uniform"):
+            raise JactusError(
+                f"head={self.head!r}, cores={self.cores!r}: head is 'fitted' or 'random', cores 'uniform'"
+            )
+
     @property
     def config(self) -> jactus.JactusConfig:
         return CONFIG.replace(**self.changes)
@@ -107,4 +113,9 @@ def with_as_many_cores(plan: jactus.Plan, wanted: int) -> jactus.Plan:
     while high - low > 1e-3:
         middle = (low + high) / 2
         low, high = (middle, high) if plan.at(middle).core_parameters <= wanted else (low, middle)
-    return plan.at(low)
+    found = plan.at(low)
+    if not 0.98 * wanted < found.core_parameters <= wanted:
+        raise JactusError(
+            f"no budget gives cores of {wanted} parameters; the nearest found, {low:.3f}, {found.core_parameters}"
+        )
+    return found

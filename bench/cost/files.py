@@ -89,19 +89,15 @@ def _against_copy(
         with copy.open("rb") as file:
             os.fsync(file.fileno())
 
-    contenders = {
-        "save": save,
-        "save safetensors": lambda: save_file(stored, copy),
-        "save safetensors and fsync": synced,
-        "load": load,
-        "load safetensors": lambda: _touched(load_file(copy)),
+    copies: dict[tuple[str, str], Callable[[], Any]] = {
+        ("save", "safetensors"): lambda: save_file(stored, copy),
+        ("save", "safetensors and fsync"): synced,
+        ("load", "safetensors"): lambda: _touched(load_file(copy)),
     }
-    times = race(contenders, rounds=(5, 9))
-    for pair in list(contenders):
-        way, _, against = pair.partition(" ")
-        if against:
-            found = ratio(times[way], times[pair])
-            yield compared(f"{way} {what}", at, budget, against, found, 1.0, 0.0, versions())
+    times = race({"save": save, "load": load} | {" ".join(key): run for key, run in copies.items()}, rounds=(5, 9))
+    for way, against in copies:
+        found = ratio(times[way], times[f"{way} {against}"])
+        yield compared(f"{way} {what}", at, budget, against, found, 1.0, 0.0, versions())
 
 
 def _touched(tensors: Tensors) -> Tensors:

@@ -9,6 +9,9 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
+import jactus
+from jactus.plan import Plan
+
 from ..report import versions
 from . import checks, flops, subjects
 from .race import race, ratio
@@ -31,7 +34,7 @@ def prefill(settings: tuple[Setting, ...] = PREFILL) -> Iterator[Row]:
     for at in settings:
         torch.set_num_threads(at.threads)
         batch = subjects.unlabelled(subjects.batch(at.model, at.rows, at.length, at.device))
-        models, errors = _models(at, batch, _by_parameters, at.autocast, torch.float32)
+        models, errors = _models(at, batch, subjects.planned(at.model), at.autocast, torch.float32)
         work = {name: flops.forward(model, batch) for name, model in models.items()}
         times = race({name: forward(model, batch, at) for name, model in models.items()}, device=at.device)
         for budget, name in zip(BUDGETS, errors):
@@ -41,26 +44,19 @@ def prefill(settings: tuple[Setting, ...] = PREFILL) -> Iterator[Row]:
 
 def decode(settings: tuple[Setting, ...] = DECODE) -> Iterator[Row]:
     """One token after `length` others. Weights are stored in the dtype: reading them is what takes the time."""
-    return _decoding("decode", settings, _by_parameters)
+    return _decoding("decode", settings, lambda at: subjects.planned(at.model))
 
 
 def decode_timed(settings: tuple[Setting, ...] = TIMED) -> Iterator[Row]:
     """The same where the budget is of the time that the layers were measured to take for one token."""
-    return _decoding("decode, budget of time", settings, lambda at, b: subjects.timed(at.model, at.dtype, b))
+    return _decoding("decode, budget of time", settings, lambda at: subjects.timed(at.model, at.dtype, at.device))
 
 
-Make = Callable[[Setting, float], nn.Module]  # the three-factor model at a budget
-
-
-def _by_parameters(at: Setting, budget: float) -> nn.Module:
-    return subjects.ready(at.model, "jactus", budget)
-
-
-def _decoding(measure: str, settings: tuple[Setting, ...], make: Make) -> Iterator[Row]:
+def _decoding(measure: str, settings: tuple[Setting, ...], planned: Callable[[Setting], Plan]) -> Iterator[Row]:
     for at in settings:
         torch.set_num_threads(at.threads)
         batch = subjects.unlabelled(subjects.batch(at.model, at.rows, at.length, at.device))
-        models, errors = _models(at, batch, make, nullcontext, getattr(torch, at.dtype))
+        models, errors = _models(at, batch, planned(at), nullcontext, getattr(torch, at.dtype))
         stored = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
         times = race({name: next_token(model, batch) for name, model in models.items()}, device=at.device)
         for budget, name in zip(BUDGETS, errors):
@@ -70,14 +66,14 @@ def _decoding(measure: str, settings: tuple[Setting, ...], make: Make) -> Iterat
 
 
 def _models(
-    at: Setting, batch: dict, make: Make, context: Callable[[], AbstractContextManager], stored: torch.dtype
+    at: Setting, batch: dict, plan: Plan, context: Callable[[], AbstractContextManager], stored: torch.dtype
 ) -> tuple[dict[str, nn.Module], dict[str, float]]:
     """The dense model and the folded ones, with weights of dtype `stored`, and the errors of these against themselves
     before folding: in float32, and where they will run in bfloat16, computed as they will be."""
     models, errors = {"dense": subjects.dense(at.model).to(at.device, stored)}, {}
     for budget in BUDGETS:
         name = f"jactus {budget:.0%}"
-        three = make(at, budget).to(at.device).eval()
+        three = jactus.compress(subjects.dense(at.model), plan.at(budget)).to(at.device).eval()
         folded = subjects.folded(three)
         errors[name] = checks.same_logits(three, folded, batch)
         models[name] = folded.to(stored)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification
 
 import jactus
+from jactus.latency import measured
 from jactus.plan import Plan, PlannedLayer
 from jactus.subspace import Directions, Side
 from jactus.targets import find_targets
@@ -45,26 +46,23 @@ def ready(name: str, method: str, budget: float = 1.0) -> nn.Module:
 
 
 @functools.cache
-def planned(name: str) -> Plan:
+def planned(name: str, accounting: str = "three_factor") -> Plan:
     """With the package's defaults: of calibrated statistics for the real models, of random spectra for the shaped."""
     model = dense(name)
     if name in SHAPED:
         return random_plan(model)
-    return jactus.plan(model, statistics(name), jactus.JactusConfig(), progress=False)
-
-
-def statistics(name: str) -> jactus.Statistics:
-    """Of a real model's task, in float32."""
     task = TASKS[REAL[name]]
-    return calibrated(task, prepared(task, "fitted", 0), task.calibration, 0, "fitted", None)
+    statistics = calibrated(task, prepared(task, "fitted", 0), task.calibration, 0, "fitted", None)
+    return jactus.plan(model, statistics, jactus.JactusConfig(accounting=accounting), progress=False)
 
 
-def timed(name: str, dtype: str, budget: float) -> nn.Module:
-    """The model at a budget of the time that decoding takes on these threads in `dtype`; its weights stay float32."""
-    config = jactus.JactusConfig(accounting="folded", budget_unit="latency", dtype=dtype, budget=budget)
-    model = dense(name)
-    found = jactus.plan(model, statistics(name), config, progress=False)
-    return jactus.compress(model, replace(found, config=found.config.replace(dtype=None)))
+def timed(name: str, dtype: str, device: str) -> Plan:
+    """The same spectra with budgets of time: what decoding takes on these threads with weights of `dtype`, measured now."""
+    plan = planned(name, "folded")
+    config = plan.config.replace(budget_unit="latency", accounting="folded")
+    model = dense(name).to(device, getattr(torch, dtype))
+    times = measured(find_targets(model, config), config)
+    return replace(plan, config=config, layers={n: replace(layer, times=times[n]) for n, layer in plan.layers.items()})
 
 
 def random_plan(model: nn.Module) -> Plan:

@@ -82,6 +82,8 @@ def test_settings_are_read_from_the_name():
     )
     assert chosen.calibration == 64
     assert methods.variant("lora") is None
+    with pytest.raises(JactusError, match="'unifrom'"):
+        methods.variant("jactus[cores=unifrom]")
     with pytest.raises(JactusError, match="no field"):
         methods.variant("jactus[colour=red]")
 
@@ -158,7 +160,7 @@ def test_cores_can_be_made_as_many_as_uniform_ranks_have(tiny):
     task = tasks.TASKS["tiny"]
     case = task.load()
     statistics = tasks.calibrated(task, case, 64, 0, "fitted", None)
-    config = JactusConfig(accounting="folded", rank_multiple=2, budget=0.6)
+    config = JactusConfig(accounting="folded", rank_multiple=1, budget=0.6)
     plan = jactus.plan(case.model, statistics, config, progress=False)
     wanted = methods.replanned(plan, allocation="uniform").core_parameters
     found = methods.with_as_many_cores(plan, wanted)
@@ -172,4 +174,4 @@ def test_stacked_layers_are_preserved_best_when_they_read_the_same_directions():
     alike = [torch.randn(128, 32, dtype=torch.float64) @ shared for _ in range(2)]
     assert grouped.rise([torch.cat(alike)], 0.4) < 1e-9 * grouped.rise(alike, 0.4)
     apart = [torch.randn(128, 128, dtype=torch.float64) for _ in range(2)]
-    assert grouped.rise([torch.cat(apart)], 0.4) > grouped.rise(apart, 0.6) > 0
+    assert grouped.rise([torch.cat(apart)], 0.5) > grouped.rise(apart, 0.5) > 0

@@ -118,14 +118,14 @@ def test_steps_prefill_and_decode_give_a_row_for_each_budget_and_peer():
         assert all(r.floor < 1 for r in found)
 
 
-def test_a_budget_of_time_is_kept_by_the_layers_measured_and_weights_stay_as_they_were(monkeypatch):
+def test_decoding_under_a_budget_of_time_takes_ranks_from_times_of_the_dtype_that_runs(monkeypatch):
     def invented(targets, config):
-        assert config.dtype == "bfloat16"
+        assert {t.weight.dtype for t in targets.values()} == {torch.bfloat16}
         return {n: Times(t.m * t.n, (0, 999), (0.0, 999.0 * (t.m + t.n))) for n, t in targets.items()}
 
-    monkeypatch.setattr("jactus.planning.measured", invented)
-    batches = [subjects.batch("llama-7b", 8, 16)]
-    monkeypatch.setattr(subjects, "statistics", lambda name: jactus.calibrate(tiny(), batches, progress=False))
+    monkeypatch.setattr(subjects, "measured", invented)
+    plan = subjects.timed("llama-7b", "bfloat16", "cpu")
+    assert 0.3 < plan.at(0.5).predicted_time <= 0.5
     rows = list(inference.decode_timed((dataclasses.replace(AT, dtype="bfloat16"),)))
     assert [(r.budget, r.against) for r in rows] == [(0.8, "dense"), (0.5, "dense")]
     assert rows[1].floor < rows[0].floor < 1
