@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.benchmark import Timer
 
 from .allocation import admissible_ranks
 from .config import JactusConfig
@@ -80,6 +79,8 @@ def measured(targets: dict[str, Target], config: JactusConfig) -> dict[str, Time
 
 @torch.no_grad()
 def _measure(kind: Kind, config: JactusConfig, layers: int) -> Times:
+    from torch.utils.benchmark import Timer  # here: few need it, and it takes a tenth of a second to import
+
     offered = admissible_ranks(kind.m, kind.n, config.rank_multiple, folded=True)
     chosen = np.unique(np.linspace(0, len(offered) - 1, min(RANKS, len(offered))).round().astype(int))
     ranks = tuple(int(r) for r in offered[chosen])

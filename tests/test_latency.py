@@ -100,7 +100,7 @@ class Clock:
 
 @pytest.mark.parametrize(("family", "dtype"), [(BERT, None), (GPT2, None), (BERT, "bfloat16")])
 def test_each_shape_is_timed_once_dense_and_at_ranks_it_may_have(monkeypatch, family, dtype):
-    monkeypatch.setattr("jactus.latency.Timer", Clock)
+    monkeypatch.setattr("torch.utils.benchmark.Timer", Clock)
     monkeypatch.setattr(Clock, "timed", [])
     targets = find_targets(family.model(), TIMED)
     found = measured(targets, TIMED.replace(dtype=dtype, latency_tokens=3))
@@ -125,7 +125,7 @@ def test_each_shape_is_timed_once_dense_and_at_ranks_it_may_have(monkeypatch, fa
 
 
 def test_many_tokens_use_a_weight_often_enough_for_one_copy(monkeypatch):
-    monkeypatch.setattr("jactus.latency.Timer", Clock)
+    monkeypatch.setattr("torch.utils.benchmark.Timer", Clock)
     monkeypatch.setattr("jactus.latency.COPIED", 10_000)
     for tokens, copied in ((1, True), (4096, False)):
         monkeypatch.setattr(Clock, "timed", [])
@@ -134,7 +134,7 @@ def test_many_tokens_use_a_weight_often_enough_for_one_copy(monkeypatch):
 
 
 def test_a_layer_without_a_rank_that_is_smaller_has_only_its_dense_time(monkeypatch):
-    monkeypatch.setattr("jactus.latency.Timer", Clock)
+    monkeypatch.setattr("torch.utils.benchmark.Timer", Clock)
     config = TIMED.replace(rank_multiple=64)
     found = measured(find_targets(BERT.model(), TIMED), config)
     assert all(times.ranks == () and times.dense > 0 for times in found.values())
