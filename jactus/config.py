@@ -104,6 +104,12 @@ class JactusConfig:
         "What trains beside the cores: 'head' (a task head; never the output embedding of a language model), 'bias' "
         "(of the compressed layers), or name endings of further modules.",
     )
+    core_width: float = option(
+        1.0,
+        "The longer side of a core as a multiple of the rank (our choice): so many directions, not the rank's, on the side of "
+        "the layer with fewer rows, which give low ranks more to learn with (measured). Folding multiplies them away: what is "
+        "deployed is r(m+n) as ever, what trains is larger. Above 1 it needs accounting='folded' and no trainable_rank.",
+    )
     trainable_rank: int | None = option(
         None,
         "Train only this leading block of each core, task directions first; None: all of it. For cores too large for the "
@@ -151,6 +157,9 @@ class JactusConfig:
             "dtype": self.dtype is None or _is_floating(self.dtype),
             "core_dtype": self.core_dtype is None or _is_floating(self.core_dtype),
             "trainable_extras": _names(self.trainable_extras),
+            "core_width": _number(self.core_width)
+            and self.core_width >= 1
+            and (self.core_width == 1 or (self.accounting == "folded" and self.trainable_rank is None)),
             "trainable_rank": self.trainable_rank is None or (_whole(self.trainable_rank) and self.trainable_rank >= 1),
         }
         for name, ok in allowed.items():

@@ -57,6 +57,8 @@ class LowRankLinear(nn.Module, ABC):
 class CoreLinear(LowRankLinear):
     """y = x (U C Vᵀ)ᵀ + b, with U (m, r) and V (n, r) frozen and the core C (r, r) trainable.
 
+    With a `width` p > r the side with fewer rows has p columns and the core is (p, r) or (r, p): more to train for the same
+    folded layer. C is then multiplied into that side in each call, p·r·min(m, n) multiply-adds whatever the number of tokens.
     With `trainable_rank` k < r only the leading k×k block of C is trained, as an offset `block` (k, k) to it.
     The core may be stored wider than the bases (float32 beside bfloat16): all compute in the input's dtype.
     """
@@ -71,11 +73,13 @@ class CoreLinear(LowRankLinear):
         trainable_rank: int | None = None,
         dtype: torch.dtype | None = None,
         core_dtype: torch.dtype | None = None,
+        width: int | None = None,
     ) -> None:
         super().__init__(m, n, rank, transposed)
-        self.U = nn.Parameter(torch.empty(m, rank, dtype=dtype), requires_grad=False)
-        self.V = nn.Parameter(torch.empty(n, rank, dtype=dtype), requires_grad=False)
-        self.core = nn.Parameter(torch.empty(rank, rank, dtype=core_dtype or dtype))
+        p, q = (width or rank, rank) if m <= n else (rank, width or rank)
+        self.U = nn.Parameter(torch.empty(m, p, dtype=dtype), requires_grad=False)
+        self.V = nn.Parameter(torch.empty(n, q, dtype=dtype), requires_grad=False)
+        self.core = nn.Parameter(torch.empty(p, q, dtype=core_dtype or dtype))
         self.block: nn.Parameter | None = None
         if trainable_rank is not None and trainable_rank < rank:
             self.core.requires_grad_(False)
@@ -91,7 +95,17 @@ class CoreLinear(LowRankLinear):
         return self.core + nn.functional.pad(self.block, (0, rest, 0, rest))
 
     def forward(self, input: Tensor) -> Tensor:
-        return kernels.core_linear(input, *in_dtype_of(input, self.U, self.effective_core, self.V, self.bias))
+        U, C, V, bias = in_dtype_of(input, self.U, self.effective_core, self.V, self.bias)
+        p, q = C.shape
+        if p == q:
+            return kernels.core_linear(input, U, C, V, bias)
+        left, right = (U @ C, V.T) if p > q else (U, C @ V.T)
+        return kernels.folded_linear(input, left, right, bias)
+
+    @property
+    def width(self) -> int:
+        """The longer side of the core."""
+        return max(self.core.shape)
 
     def dense_weight(self) -> Tensor:
         core = self.effective_core.detach().double()

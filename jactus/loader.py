@@ -69,6 +69,8 @@ def _describe_layer(layer: LowRankLinear, model: nn.Module) -> dict[str, Any]:
     if bases.dtype != getattr(model, "dtype", bases.dtype):
         kept["dtype"] = str(bases.dtype).removeprefix("torch.")
     if isinstance(layer, CoreLinear):
+        if layer.width != layer.rank:
+            kept["width"] = layer.width
         kept["trainable_rank"] = None if layer.block is None else layer.block.shape[0]
         # always: a model loaded in bfloat16 still trains its cores as they were stored
         kept["core_dtype"] = str(layer.core.dtype).removeprefix("torch.")
@@ -174,7 +176,9 @@ def skeleton(kept: dict[str, Any]) -> LowRankLinear:
     if kept["form"] == "folded":
         return FoldedLinear(*shape, dtype=dtype)
     core_dtype = getattr(torch, kept["core_dtype"]) if kept.get("core_dtype") else None
-    return CoreLinear(*shape, trainable_rank=kept["trainable_rank"], dtype=dtype, core_dtype=core_dtype)
+    return CoreLinear(
+        *shape, trainable_rank=kept["trainable_rank"], dtype=dtype, core_dtype=core_dtype, width=kept.get("width")
+    )
 
 
 def file_digest(path: str | os.PathLike) -> str:

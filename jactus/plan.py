@@ -4,6 +4,7 @@ Made once per calibration. `plan.at(0.6)` re-allocates from the spectra alone, s
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 
@@ -70,6 +71,19 @@ class PlannedLayer:
             raise JactusError(f"the plan has no times of {self.name}; plan again with budget_unit='latency'")
         return self.times
 
+    def width(self, rank: int, config: JactusConfig) -> int:
+        """The longer side of the core at a rank; not more than the layer's shorter side."""
+        return min(int(config.core_width * rank + 1e-9), self.m, self.n)
+
+    def core_parameters(self, rank: int, config: JactusConfig) -> int:
+        """What trains at a rank."""
+        return rank * self.width(rank, config)
+
+    def stored_parameters(self, rank: int, config: JactusConfig) -> int:
+        """U, C and V at a rank."""
+        shorter, longer = sorted((self.m, self.n))
+        return shorter * self.width(rank, config) + longer * rank + self.core_parameters(rank, config)
+
     def seconds(self, rank: int | None) -> float:
         """What a call of the layer takes at a rank (None: dense). Raises JactusError where that was not measured."""
         return self._timed.dense if rank is None else float(self._timed.at(np.array([rank]))[0])
@@ -101,27 +115,26 @@ class Plan:
         """Weights of the targeted layers before."""
         return sum(layer.m * layer.n for layer in self.layers.values())
 
-    def _count(self, folded: bool) -> int:
-        total = 0
-        for name, layer in self.layers.items():
-            rank = self.ranks[name]
-            total += layer.m * layer.n if rank is None else int(parameters(layer.m, layer.n, rank, folded))
-        return total
+    def _total(self, of: Callable[[PlannedLayer, int], int]) -> int:
+        """The sum over the targeted layers of `of(layer, rank)`, dense layers in full."""
+        pairs = [(layer, self.ranks[name]) for name, layer in self.layers.items()]
+        return sum(layer.m * layer.n if rank is None else of(layer, rank) for layer, rank in pairs)
 
     @property
     def stored_parameters(self) -> int:
-        """Weights of the targeted layers with their cores: Σ r(m+n)+r², dense layers in full."""
-        return self._count(folded=False)
+        """Weights of the targeted layers with their cores: Σ r(m+n)+r² with square cores, dense layers in full."""
+        return self._total(lambda layer, rank: layer.stored_parameters(rank, self.config))
 
     @property
     def folded_parameters(self) -> int:
         """Weights of the targeted layers once folded: Σ r(m+n), dense layers in full."""
-        return self._count(folded=True)
+        return self._total(lambda layer, rank: rank * (layer.m + layer.n))
 
     @property
     def core_parameters(self) -> int:
         """Parameters of all cores: what trains."""
-        return sum(r * r for r in self.ranks.values() if r is not None)
+        ranks = self.ranks.items()
+        return sum(self.layers[name].core_parameters(rank, self.config) for name, rank in ranks if rank is not None)
 
     @property
     def predicted_loss(self) -> float:

@@ -114,7 +114,7 @@ def _plan_layer(
             weight,
             metric_G,
             metric_A,
-            keep=most,
+            keep=min(int(config.core_width * most + 1e-9), target.m, target.n),
             tasks=task_rank(most, config.union_share) if config.task_sources else 0,
             output_covariance=G if by_covariance else None,
             input_covariance=A if by_covariance else None,

@@ -7,7 +7,8 @@ orthonormal in the metric against the weight directions kept, they leave the clo
 
     C = (UᵀGU)⁻¹ (UᵀGWAV) (VᵀAV)⁻¹ = UᵀGWAV = diag(σ) ⊕ C_task,
 
-block-diagonal because the two kinds are orthogonal. Everything a core needs beyond the directions themselves is small
+block-diagonal because the two kinds are orthogonal (where one side keeps more weight directions than the other, those beyond
+the other's meet its task directions as well). Everything a core needs beyond the directions themselves is small
 Gram matrices, so once these are known any rank costs one product, and neither W nor the covariances are needed again.
 """
 
@@ -88,31 +89,46 @@ class Directions:
     sigma: Tensor
     task_core: Tensor
 
-    def factors(self, rank: int, share: float, task_first: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        """U (m, rank), C (rank, rank), V (n, rank) in float64, bases orthonormal in the metric.
+    def factors(
+        self, rank: int, share: float, task_first: bool = False, width: int | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """U (m, p), C (p, q), V (n, q) in float64, bases orthonormal in the metric.
 
-        ⌊share·rank⌋ task directions are asked for a side; where fewer are independent, weight directions fill up. They
-        come after the weight directions, or before them with `task_first`.
+        p and q are the rank; with a `width` the side with fewer rows has that many instead, more weight directions being
+        added. ⌊share·rank⌋ task directions are asked for a side; where fewer are independent, weight directions fill up.
+        They come after the weight directions, or before them with `task_first`.
         """
         K = self.left.weight.shape[1]
         tasks = min(task_rank(rank, share), self.task_core.shape[0])
-        if rank > K:
-            raise JactusError(f"rank {rank} was asked for, but only {K} weight directions were kept; plan again")
+        more = 0 if width is None else width - rank
+        if rank + more > K:
+            raise JactusError(f"rank {rank + more} was asked for, but only {K} weight directions were kept; plan again")
         left, right = self.to64(self.left), self.to64(self.right)
+        more_left, more_right = (more, 0) if left.weight.shape[0] <= right.weight.shape[0] else (0, more)
         while True:
             kept = rank - tasks
-            E_left, E_right = left.remainder(kept, tasks), right.remainder(kept, tasks)
+            E_left = left.remainder(kept + more_left, tasks)
+            E_right = right.remainder(kept + more_right, tasks)
             found = min(E_left.shape[1], E_right.shape[1])
             if found == tasks:
                 break
             tasks = found
         E_left, E_right = E_left[:, :found], E_right[:, :found]
         sigma = self.sigma.double()
-        inner = self.task_core.double()[:tasks, :tasks] - left.cross[:kept, :tasks].T @ (
-            sigma[:kept, None] * right.cross[:kept, :tasks]
+        either = kept + more
+        inner = self.task_core.double()[:tasks, :tasks] - left.cross[:either, :tasks].T @ (
+            sigma[:either, None] * right.cross[:either, :tasks]
         )
-        core = torch.block_diag(sigma[:kept].diag(), E_left.T @ inner @ E_right)
-        U, V = left.basis(kept, E_left), right.basis(kept, E_right)
+        core = torch.block_diag(
+            sigma[:either].diag()[: kept + more_left, : kept + more_right], E_left.T @ inner @ E_right
+        )
+        # what is beyond the other side's weight directions lies partly in its task directions
+        beyond = slice(kept, either)
+        if more_left:
+            core[beyond, kept:] = sigma[beyond, None] * right.cross[beyond, :tasks] @ E_right
+        if more_right:
+            core[kept:, beyond] = (sigma[beyond, None] * left.cross[beyond, :tasks] @ E_left).T
+        U, V = left.basis(kept + more_left, E_left), right.basis(kept + more_right, E_right)
         if task_first:
             U, V, core = U.roll(tasks, 1), V.roll(tasks, 1), core.roll((tasks, tasks), (0, 1))
         return U, core, V

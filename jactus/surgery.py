@@ -70,14 +70,18 @@ def core_linear_from(
     """
     weight: torch.Tensor = old.weight  # type: ignore[assignment]
     # A core of which only the leading block trains has the directions for learning lead.
-    U, C, V = layer.directions.factors(rank, layer.share(config), task_first=config.trainable_rank is not None)
+    width = layer.width(rank, config)
+    U, C, V = layer.directions.factors(rank, layer.share(config), config.trainable_rank is not None, width)
     extra = config.coordinate_damping - config.damping
     whiten = config.coordinates == "fisher"
     U, C, V = change_coordinates(U, C, V, whiten, extra * layer.scales[0], extra * layer.scales[1])
+    step *= (rank / width) ** 0.5  # a step of every element moves the layer as far as that of a square core
     U, C = U * step, C / step
     basis = config.basis_dtype(weight.dtype)
     with torch.device("meta"):
-        new = CoreLinear(layer.m, layer.n, rank, trainable_rank=config.trainable_rank, transposed=_is_transposed(old))
+        new = CoreLinear(
+            layer.m, layer.n, rank, trainable_rank=config.trainable_rank, transposed=_is_transposed(old), width=width
+        )
     for name, value, dtype in (("U", U, basis), ("core", C, core_dtype(config, basis)), ("V", V, basis)):
         trains = getattr(new, name).requires_grad
         setattr(new, name, nn.Parameter(value.to(weight.device, dtype).contiguous(), requires_grad=trains))

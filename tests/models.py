@@ -27,6 +27,7 @@ SMALL = JactusConfig(
     trainable_extras=("head", "bias"),
 )
 EVERY = SMALL.replace(leave_dense=False, budget=0.7)  # no target stays dense
+WIDE = EVERY.replace(accounting="folded", core_width=1.5)
 
 
 @dataclass(frozen=True)

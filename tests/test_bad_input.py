@@ -54,6 +54,9 @@ def calibrate(model, batches, config=SMALL, **kwargs):
         {"dtype": "floaty"},
         {"core_dtype": "bf16"},
         {"trainable_rank": 0},
+        {"core_width": 2.0},  # stored size counted with square cores
+        {"core_width": 0.5, "accounting": "folded"},
+        {"core_width": 2.0, "accounting": "folded", "trainable_rank": 8},
         {"budget": "0.8"},
         {"budget": True},
         {"rank_multiple": 1.5},
@@ -68,7 +71,7 @@ def calibrate(model, batches, config=SMALL, **kwargs):
     ids=str,
 )
 def test_a_setting_out_of_range_is_named_with_its_value_and_meaning(wrong):
-    (name,) = wrong
+    name = next(iter(wrong))  # others only set the scene
     with pytest.raises(JactusError) as error:
         JactusConfig(**wrong)
     assert f"JactusConfig.{name} = " in str(error.value)

@@ -7,6 +7,8 @@ import torch
 
 import jactus
 from jactus import JactusConfig, JactusError, Plan
+from jactus.layers import compressed_layers
+from jactus.subspace import metric
 from tests.models import BERT, LLAMA, SMALL, T5, VIT
 
 
@@ -21,11 +23,12 @@ def planned(bert, **changes):
     return jactus.plan(model, statistics, SMALL.replace(**changes), progress=False)
 
 
-@pytest.mark.parametrize("accounting", ["three_factor", "folded"])
+@pytest.mark.parametrize(("accounting", "width"), [("three_factor", 1), ("folded", 1), ("folded", 1.6), ("folded", 9)])
 @pytest.mark.parametrize("allocation", ["global", "uniform"])
 @pytest.mark.parametrize("budget", [1.0, 0.8, 0.5, 0.35])
-def test_counts_are_those_of_the_compressed_model(bert, accounting, allocation, budget):
-    plan = planned(bert, accounting=accounting, allocation=allocation, rank_multiple=1).at(budget)
+def test_counts_are_those_of_the_compressed_model(bert, accounting, width, allocation, budget):
+    changes = {"accounting": accounting, "allocation": allocation, "rank_multiple": 1, "core_width": width}
+    plan = planned(bert, **changes).at(budget)
     model = copy.deepcopy(bert[0])
     before = jactus.size(model).stored
     jactus.compress(model, plan)
@@ -99,6 +102,28 @@ def test_plain_svd_needs_no_statistics():
     P, s, Q = torch.linalg.svd(model.get_submodule(name).weight.double(), full_matrices=False)
     best = (P[:, : layer.rank] * s[: layer.rank]) @ Q[: layer.rank]
     assert torch.allclose(layer.dense_weight().double(), best, atol=1e-6)
+
+
+def test_a_wider_core_computes_what_a_square_one_does_or_better_and_folds_to_the_same_size(bert):
+    """The directions that are added lie beyond the rank: only where they meet task directions do they preserve more."""
+    config = {"accounting": "folded", "rank_multiple": 1, "budget": 0.5}
+    square = jactus.compress(copy.deepcopy(bert[0]), planned(bert, **config))
+    wide = jactus.compress(copy.deepcopy(bert[0]), planned(bert, **config, core_width=2))
+    statistics = bert[1]
+    better = 0
+    for name, layer in compressed_layers(wide).items():
+        other, W = square.get_submodule(name), bert[0].get_submodule(name).weight.double()
+        assert (layer.rank, layer.width) == (other.rank, min(2 * other.rank, *W.shape))
+        A, G = (
+            metric(S, SMALL.damping, W.device)
+            for S in (statistics.input_covariance(name), statistics.output_covariance(name))
+        )
+        roots = [torch.linalg.cholesky(S) for S in (G, A)]
+        lost = [float((roots[0].T @ (W - x.dense_weight().double()) @ roots[1]).square().sum()) for x in (layer, other)]
+        assert lost[0] <= lost[1] * (1 + 1e-4)
+        better += lost[0] < 0.999 * lost[1]
+    assert better > 0
+    assert jactus.size(jactus.fold(wide.eval())).stored == jactus.size(jactus.fold(square.eval())).stored
 
 
 def test_budgets_of_bytes_and_flops():

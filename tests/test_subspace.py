@@ -79,6 +79,24 @@ def test_the_core_is_the_closed_form_inside_the_union(m, n, covariances, share):
 
 
 @shapes
+@pytest.mark.parametrize("covariances", [False, True])
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.9])
+def test_a_wider_core_is_the_closed_form_too(m, n, covariances, share):
+    W, G, A, D = layer(m, n)
+    found = made(W, G, A, D, min(m, n), covariances=covariances)
+    Gd, Ad = damped(G, 0.01), damped(A, 0.01)
+    for rank in range(1, min(m, n) + 1):
+        for width in range(rank, min(m, n) + 1):
+            U, C, V = found.factors(rank, share, width=width)
+            p, q = (width, rank) if m <= n else (rank, width)
+            assert (U.shape, C.shape, V.shape) == ((m, p), (p, q), (n, q))
+            slack = 100 * 2**-52 / INDEPENDENT**2
+            assert torch.allclose(U.T @ Gd @ U, torch.eye(p, dtype=W.dtype), atol=slack)
+            assert torch.allclose(V.T @ Ad @ V, torch.eye(q, dtype=W.dtype), atol=slack)
+            assert torch.allclose(C, closed_form_core(W, Gd, Ad, U, V), atol=slack * float(found.sigma[0]))
+
+
+@shapes
 def test_full_rank_equals_dense(m, n):
     W, G, A, D = layer(m, n)
     # of an oblong layer task directions would take places on the longer side that the weight needs at full rank

@@ -27,6 +27,7 @@ def entry(task: str, method: str, budget: float, grid: tuple[float, ...] = (), s
 
 
 COMPRESSED = ("svd-llm+lora", "svd+lora", "asvd+lora", "fwsvd+lora", "cersa")
+WIDER = "jactus[core_width=2.0]"  # with about as many parameters to train as LoRA on two factors has
 WHOLE = ("full", "lora", "dora", "pissa", "corda", "eva", "eigentune")
 
 
@@ -35,7 +36,7 @@ def comparison() -> Iterator[Entry]:
     for method, budget in (("jactus", 0.8), ("lora", 1.0), ("full", 1.0), ("dora", 1.0), ("jactus", 0.5)):
         for task in TEXT:
             yield entry(task, method, budget)
-    for method in ("jactus", *COMPRESSED):
+    for method in ("jactus", *COMPRESSED[:1], WIDER, *COMPRESSED[1:]):
         for task in TEXT:
             yield entry(task, method, 0.35)
     for method in WHOLE[3:]:
@@ -98,6 +99,7 @@ CHANGES = (
     "trainable_extras=head+bias",
     "trainable_extras=head+bias+LayerNorm",
     "trainable_rank=32",
+    "core_width=2.0",
 )
 ABLATED = {"newsgroups": 2e-3, "sarcasm": 2e-3}  # at the rate that the comparison chose for JACTUS there
 

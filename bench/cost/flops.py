@@ -47,11 +47,14 @@ def _calls(model: nn.Module, batch: Batch) -> list[tuple[nn.Module, int, bool]]:
 def _forward(layer: nn.Module) -> int:
     if isinstance(layer, CoreLinear | FoldedLinear):
         two = layer.rank * (layer.in_features + layer.out_features)
-        return two + (layer.rank**2 if isinstance(layer, CoreLinear) else 0)
+        return two + (layer.rank**2 if isinstance(layer, CoreLinear) and layer.width == layer.rank else 0)
     return layer.weight.numel()  # type: ignore[union-attr, return-value]
 
 
 def _backward(layer: nn.Module, inside: bool) -> int:
+    if isinstance(layer, CoreLinear) and layer.width > layer.rank:  # as two factors, the shorter of which trains
+        m, n = layer.out_features, layer.in_features
+        return layer.rank * (m + min(m, n) + inside * n)
     if isinstance(layer, CoreLinear):  # q = gU and qᵀh; then qC and (qC)Vᵀ
         square = layer.rank**2
         return layer.rank * layer.out_features + square + inside * (square + layer.rank * layer.in_features)
