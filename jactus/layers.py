@@ -58,7 +58,8 @@ class CoreLinear(LowRankLinear):
     """y = x (U C Vᵀ)ᵀ + b, with U (m, r) and V (n, r) frozen and the core C (r, r) trainable.
 
     With a `width` p > r the side with fewer rows has p columns and the core is (p, r) or (r, p): more to train for the same
-    folded layer. C is then multiplied into that side in each call, p·r·min(m, n) multiply-adds whatever the number of tokens.
+    folded layer. With many tokens C is then multiplied into that side first, p·r·min(m, n) multiply-adds a call; with few,
+    all three products are of tokens. Fold before generating.
     With `trainable_rank` k < r only the leading k×k block of C is trained, as an offset `block` (k, k) to it.
     The core may be stored wider than the bases (float32 beside bfloat16): all compute in the input's dtype.
     """
@@ -76,7 +77,13 @@ class CoreLinear(LowRankLinear):
         width: int | None = None,
     ) -> None:
         super().__init__(m, n, rank, transposed)
-        p, q = (width or rank, rank) if m <= n else (rank, width or rank)
+        width = width or rank
+        if width < rank or (width > rank and trainable_rank is not None):
+            raise JactusError(
+                f"CoreLinear({m}, {n}, rank={rank}): width={width} must be at least the rank, and without trainable_rank "
+                f"(got {trainable_rank}) if it is more"
+            )
+        p, q = (width, rank) if m <= n else (rank, width)
         self.U = nn.Parameter(torch.empty(m, p, dtype=dtype), requires_grad=False)
         self.V = nn.Parameter(torch.empty(n, q, dtype=dtype), requires_grad=False)
         self.core = nn.Parameter(torch.empty(p, q, dtype=core_dtype or dtype))
@@ -96,11 +103,14 @@ class CoreLinear(LowRankLinear):
 
     def forward(self, input: Tensor) -> Tensor:
         U, C, V, bias = in_dtype_of(input, self.U, self.effective_core, self.V, self.bias)
-        p, q = C.shape
-        if p == q:
+        (p, q), short, tokens = C.shape, min(self.out_features, self.in_features), input.numel() // self.in_features
+        if tokens * (p * q + abs(p - q) * short) <= p * q * short or p == q:
             return kernels.core_linear(input, U, C, V, bias)
         left, right = (U @ C, V.T) if p > q else (U, C @ V.T)
         return kernels.folded_linear(input, left, right, bias)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (f", width={self.width}" if self.width > self.rank else "")
 
     @property
     def width(self) -> int:

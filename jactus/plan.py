@@ -3,6 +3,7 @@
 Made once per calibration. `plan.at(0.6)` re-allocates from the spectra alone, so sweeping budgets costs nothing.
 """
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -73,7 +74,7 @@ class PlannedLayer:
 
     def width(self, rank: int, config: JactusConfig) -> int:
         """The longer side of the core at a rank; not more than the layer's shorter side."""
-        return min(int(config.core_width * rank + 1e-9), self.m, self.n)
+        return core_width(rank, self.m, self.n, config)
 
     def core_parameters(self, rank: int, config: JactusConfig) -> int:
         """What trains at a rank."""
@@ -95,6 +96,12 @@ class PlannedLayer:
     def share(self, config: JactusConfig) -> float:
         """The part of the rank that goes to task directions: none where the layer has none."""
         return config.union_share if self.directions.task_core.numel() else 0.0
+
+
+def core_width(rank: int, m: int, n: int, config: JactusConfig) -> int:
+    """The longer side of a core: config.core_width · rank, up to the next multiple; not more than the layer's shorter side."""
+    wanted = min(config.core_width * rank - 1e-9, m, n)
+    return max(rank, min(math.ceil(wanted / config.rank_multiple) * config.rank_multiple, m, n))
 
 
 @dataclass(frozen=True)

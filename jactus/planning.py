@@ -11,7 +11,7 @@ from jactus_kernels import JactusError
 from .allocation import admissible_ranks
 from .config import JactusConfig
 from .latency import measured
-from .plan import Plan, PlannedLayer, with_ranks
+from .plan import Plan, PlannedLayer, core_width, with_ranks
 from .statistics import Statistics
 from .subspace import Directions, Side, directions, metric, task_rank
 from .targets import Target, find_targets, output_embedding
@@ -114,7 +114,7 @@ def _plan_layer(
             weight,
             metric_G,
             metric_A,
-            keep=min(int(config.core_width * most + 1e-9), target.m, target.n),
+            keep=core_width(most, target.m, target.n, config),
             tasks=task_rank(most, config.union_share) if config.task_sources else 0,
             output_covariance=G if by_covariance else None,
             input_covariance=A if by_covariance else None,
@@ -147,7 +147,8 @@ def _scale(S: Tensor | None) -> float:
 
 
 def _stored(d: Directions) -> Directions:
-    """On the CPU, directions in float32, the small matrices in float64: a plan is as large as the weights it replaces."""
+    """On the CPU, directions in float32, the small matrices in float64: a plan is as large as the weights it replaces,
+    and as much larger as cores are wider."""
 
     def small(side: Side) -> Side:
         return Side(side.weight.float().cpu(), side.task.float().cpu(), side.cross.cpu(), side.gram.cpu())

@@ -7,8 +7,8 @@ orthonormal in the metric against the weight directions kept, they leave the clo
 
     C = (UᵀGU)⁻¹ (UᵀGWAV) (VᵀAV)⁻¹ = UᵀGWAV = diag(σ) ⊕ C_task,
 
-block-diagonal because the two kinds are orthogonal (where one side keeps more weight directions than the other, those beyond
-the other's meet its task directions as well). Everything a core needs beyond the directions themselves is small
+block-diagonal because the two kinds are orthogonal (where one side keeps more weight directions than the other, what it has
+beyond the other's meets its task directions as well). Everything a core needs beyond the directions themselves is small
 Gram matrices, so once these are known any rank costs one product, and neither W nor the covariances are needed again.
 """
 
@@ -69,6 +69,15 @@ class Side:
         fresh = values > INDEPENDENT**2
         return vectors[:, fresh] / values[fresh].sqrt()
 
+    def split(self, size: int, tasks: int) -> tuple[int, Tensor]:
+        """How many of `size` directions are weight directions, and the combinations E of task directions that are the rest:
+        `tasks` of them, or as many as are independent."""
+        while True:
+            E = self.remainder(size - tasks, tasks)
+            if E.shape[1] == tasks:
+                return size - tasks, E
+            tasks = E.shape[1]
+
     def basis(self, kept: int, E: Tensor) -> Tensor:
         """The first `kept` weight directions and the combinations E of task directions, orthonormal in the metric."""
         weight = self.weight[:, :kept]
@@ -78,7 +87,7 @@ class Side:
 
 @dataclass
 class Directions:
-    """All that is needed to make a layer's factors at any rank up to K.
+    """All that is needed to make a layer's factors with up to K directions a side.
 
     left: (m, ·) and right: (n, ·) candidates; sigma: all min(m, n) singular values of the weight in the metric;
     task_core: (t, t) task_leftᵀ G W A task_right. All float64 when made.
@@ -94,43 +103,32 @@ class Directions:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """U (m, p), C (p, q), V (n, q) in float64, bases orthonormal in the metric.
 
-        p and q are the rank; with a `width` the side with fewer rows has that many instead, more weight directions being
-        added. ⌊share·rank⌋ task directions are asked for a side; where fewer are independent, weight directions fill up.
-        They come after the weight directions, or before them with `task_first`.
+        p and q are the rank; with a `width` the side with fewer rows has that many instead. ⌊share·rank⌋ task directions
+        are asked for a side; where fewer are independent, weight directions fill that side up. They come after the weight
+        directions, or before them with `task_first`.
         """
-        K = self.left.weight.shape[1]
         tasks = min(task_rank(rank, share), self.task_core.shape[0])
-        more = 0 if width is None else width - rank
-        if rank + more > K:
-            raise JactusError(f"rank {rank + more} was asked for, but only {K} weight directions were kept; plan again")
+        wide = rank if width is None else width
+        if wide > self.left.weight.shape[1]:
+            kept = self.left.weight.shape[1]
+            raise JactusError(f"{wide} directions a side were asked for, but only {kept} were kept; plan again")
         left, right = self.to64(self.left), self.to64(self.right)
-        more_left, more_right = (more, 0) if left.weight.shape[0] <= right.weight.shape[0] else (0, more)
-        while True:
-            kept = rank - tasks
-            E_left = left.remainder(kept + more_left, tasks)
-            E_right = right.remainder(kept + more_right, tasks)
-            found = min(E_left.shape[1], E_right.shape[1])
-            if found == tasks:
-                break
-            tasks = found
-        E_left, E_right = E_left[:, :found], E_right[:, :found]
-        sigma = self.sigma.double()
-        either = kept + more
-        inner = self.task_core.double()[:tasks, :tasks] - left.cross[:either, :tasks].T @ (
-            sigma[:either, None] * right.cross[:either, :tasks]
-        )
-        core = torch.block_diag(
-            sigma[:either].diag()[: kept + more_left, : kept + more_right], E_left.T @ inner @ E_right
-        )
-        # what is beyond the other side's weight directions lies partly in its task directions
-        beyond = slice(kept, either)
-        if more_left:
-            core[beyond, kept:] = sigma[beyond, None] * right.cross[beyond, :tasks] @ E_right
-        if more_right:
-            core[kept:, beyond] = (sigma[beyond, None] * left.cross[beyond, :tasks] @ E_left).T
-        U, V = left.basis(kept + more_left, E_left), right.basis(kept + more_right, E_right)
+        p, q = (wide, rank) if left.weight.shape[0] <= right.weight.shape[0] else (rank, wide)
+        (k_left, E_left), (k_right, E_right) = left.split(p, tasks), right.split(q, tasks)
+        t_left, t_right, k = len(E_left), len(E_right), max(k_left, k_right)
+        cross_left, cross_right = left.cross[:k, :t_left], right.cross[:k, :t_right]
+        sigma = self.sigma.double()[:k, None]
+        core = left.weight.new_zeros(p, q)
+        core.diagonal()[: min(k_left, k_right)] = sigma[: min(k_left, k_right), 0]
+        # weight directions that one side has and the other has not meet the other's task directions
+        core[k_right:k_left, k_right:] = (sigma * cross_right)[k_right:k_left] @ E_right
+        core[k_left:, k_left:k_right] = ((sigma * cross_left)[k_left:k_right] @ E_left).T
+        inner = self.task_core.double()[:t_left, :t_right] - cross_left.T @ (sigma * cross_right)
+        core[k_left:, k_right:] = E_left.T @ inner @ E_right
+        U, V = left.basis(k_left, E_left), right.basis(k_right, E_right)
         if task_first:
-            U, V, core = U.roll(tasks, 1), V.roll(tasks, 1), core.roll((tasks, tasks), (0, 1))
+            U, V = U.roll(p - k_left, 1), V.roll(q - k_right, 1)
+            core = core.roll((p - k_left, q - k_right), (0, 1))
         return U, core, V
 
     @staticmethod

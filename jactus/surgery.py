@@ -37,6 +37,12 @@ def compress(model: nn.Module, plan: Plan) -> nn.Module:
                 f"the plan is of another model: {name} ({layer.m}×{layer.n}) is planned, and this {type(model).__name__} "
                 f"{found}; plan this model (and compress before training it, not after)"
             )
+        rank = plan.ranks[name]
+        if rank is not None and layer.width(rank, plan.config) > layer.directions.left.weight.shape[1]:
+            raise JactusError(
+                f"{name} ({layer.m}×{layer.n}) is to have {layer.width(rank, plan.config)} directions a side, and the plan kept "
+                f"{layer.directions.left.weight.shape[1]}: its configuration was changed; plan again"
+            )
     steps = step_scales(plan)
     for name, layer in plan.layers.items():
         rank = plan.ranks[name]
@@ -69,8 +75,8 @@ def core_linear_from(
     step: the core is divided by it and U multiplied, so that equal steps of the core move the layer so much more.
     """
     weight: torch.Tensor = old.weight  # type: ignore[assignment]
-    # A core of which only the leading block trains has the directions for learning lead.
     width = layer.width(rank, config)
+    # A core of which only the leading block trains has the directions for learning lead.
     U, C, V = layer.directions.factors(rank, layer.share(config), config.trainable_rank is not None, width)
     extra = config.coordinate_damping - config.damping
     whiten = config.coordinates == "fisher"

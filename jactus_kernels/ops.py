@@ -154,7 +154,8 @@ def covariance_update_(S: Tensor, X: Tensor, mask: Tensor | None = None, alpha: 
 def core_linear(x: Tensor, U: Tensor, C: Tensor, V: Tensor, bias: Tensor | None = None) -> Tensor:
     """y = x (U C Vᵀ)ᵀ + b, never forming the m×n weight, in the forward or in the backward.
 
-    x: (..., n); U: (m, r); C: (r, r); V: (n, r); bias: (m,) or None; y: (..., m). Under autocast all are cast to its
+    x: (..., n); U: (m, p); C: (p, q); V: (n, q); bias: (m,) or None; y: (..., m). Only square cores, p = q, have fused
+    kernels. Under autocast all are cast to its
     dtype; otherwise all must share one. Gradients flow to x, C and bias through a backward that keeps only h = x V. On a GPU
     it is fused; elsewhere it is plain autograd, which for frozen U and V keeps as little and multiplies as little, and
     spares a call the dispatch of an operator. If U or V require grad, plain autograd keeps more.
@@ -162,14 +163,15 @@ def core_linear(x: Tensor, U: Tensor, C: Tensor, V: Tensor, bias: Tensor | None 
     Raises JactusError for shapes or dtypes that do not fit.
     """
     x, U, C, V, bias = _autocast(x, U, C, V, bias)
-    (m, r), n = U.shape, V.shape[0]
-    if x.shape[-1] != n or C.shape != (r, r) or V.shape[1] != r or (bias is not None and bias.shape != (m,)):
+    (m, p), (n, q) = U.shape, V.shape
+    if x.shape[-1] != n or C.shape != (p, q) or (bias is not None and bias.shape != (m,)):
         raise JactusError(
             f"core_linear: x {tuple(x.shape)}, U {tuple(U.shape)}, C {tuple(C.shape)}, V {tuple(V.shape)}, bias "
-            f"{None if bias is None else tuple(bias.shape)} do not fit; need x (..., n), U (m, r), C (r, r), V (n, r)"
+            f"{None if bias is None else tuple(bias.shape)} do not fit; need x (..., n), U (m, p), C (p, q), V (n, q)"
         )
     _same_dtype("core_linear", x, U, C, V, bias)
-    if x.device.type not in OPERATORS_ON or (torch.is_grad_enabled() and (U.requires_grad or V.requires_grad)):
+    trained_bases = torch.is_grad_enabled() and (U.requires_grad or V.requires_grad)
+    if x.device.type not in OPERATORS_ON or trained_bases or p != q:
         return reference.core_linear(x, U, C, V, bias)
     flat = x.reshape(-1, n)
     wants_grad = x.requires_grad or C.requires_grad or (bias is not None and bias.requires_grad)

@@ -79,7 +79,7 @@ def test_every_form_and_its_reload_compute_the_same(family, config, tmp_path):
     stored = again.state_dict()
     assert all(torch.equal(stored[name], p) for name, p in model.named_parameters())
     # exactly, but for the products C V of a wider core: a file's tensors are aligned otherwise, and MKL sums otherwise then
-    assert relative(logits(again, family, torch.float64), expected) <= (0 if config is EVERY else 1e-14)
+    assert relative(logits(again, family, torch.float64), expected) <= (0 if config is EVERY else 1e-12)
 
     jactus.fold(model)
     assert all(isinstance(layer, FoldedLinear) for layer in compressed_layers(model).values())
@@ -106,16 +106,17 @@ def test_a_merged_model_saves_as_a_plain_checkpoint(family, tmp_path):
     assert {type(m) for m in again.modules()} == {type(m) for m in family.model().modules()}
 
 
+@pytest.mark.parametrize("config", [EVERY, WIDE], ids=["square", "wide"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @families
-def test_half_precision_bases_and_float32_cores_survive_a_reload(family, dtype, tmp_path):
+def test_half_precision_bases_and_float32_cores_survive_a_reload(family, dtype, config, tmp_path):
     # loaded as a user would: transformers keeps some of T5's layers in float32 whatever the dtype asked for
     family.model().save_pretrained(tmp_path / "dense")
     model = family.auto.from_pretrained(tmp_path / "dense", dtype=dtype).eval()
     batches = [cast(b, dtype) for b in family.batches()]
-    statistics = jactus.calibrate(model, batches, EVERY, progress=False)
+    statistics = jactus.calibrate(model, batches, config, progress=False)
     wanted = {name: p.dtype for name, p in model.named_parameters()}
-    jactus.compress(model, jactus.plan(model, statistics, EVERY, progress=False))
+    jactus.compress(model, jactus.plan(model, statistics, config, progress=False))
     again = saved_and_reloaded(model, family, tmp_path / "small")
     assert torch.equal(logits(again, family, dtype), logits(model, family, dtype))
     for either in (model, again):

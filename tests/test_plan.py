@@ -1,6 +1,7 @@
 """A plan on a real architecture: what it counts, predicts, keeps, and gives back after a file."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 import jactus
 from jactus import JactusConfig, JactusError, Plan
 from jactus.layers import compressed_layers
+from jactus.plan import core_width, with_ranks
 from jactus.subspace import metric
 from tests.models import BERT, LLAMA, SMALL, T5, VIT
 
@@ -112,7 +114,7 @@ def test_a_wider_core_computes_what_a_square_one_does_or_better_and_folds_to_the
     statistics = bert[1]
     better = 0
     for name, layer in compressed_layers(wide).items():
-        other, W = square.get_submodule(name), bert[0].get_submodule(name).weight.double()
+        other, W = square.get_submodule(name), bert[0].get_submodule(name).weight.detach().double()
         assert (layer.rank, layer.width) == (other.rank, min(2 * other.rank, *W.shape))
         A, G = (
             metric(S, SMALL.damping, W.device)
@@ -124,6 +126,22 @@ def test_a_wider_core_computes_what_a_square_one_does_or_better_and_folds_to_the
         better += lost[0] < 0.999 * lost[1]
     assert better > 0
     assert jactus.size(jactus.fold(wide.eval())).stored == jactus.size(jactus.fold(square.eval())).stored
+
+
+def test_a_plan_whose_configuration_was_changed_leaves_the_model_untouched(bert):
+    plan = planned(bert, accounting="folded", rank_multiple=1, budget=0.8)
+    changed = with_ranks(dataclasses.replace(plan, config=plan.config.replace(core_width=1.5, budget=0.6)))
+    model = copy.deepcopy(bert[0])
+    with pytest.raises(JactusError, match="directions a side"):
+        jactus.compress(model, changed)
+    assert not compressed_layers(model)
+
+
+@pytest.mark.parametrize(("rank", "factor", "expected"), [(16, 1.3, 32), (32, 2, 64), (32, 3.1, 100), (48, 1e308, 100)])
+def test_widths_are_multiples_too_and_not_more_than_the_shorter_side(rank, factor, expected):
+    config = JactusConfig(accounting="folded", core_width=factor)
+    assert core_width(rank, 100, 400, config) == core_width(rank, 400, 100, config) == expected
+    assert core_width(rank, 100, 400, JactusConfig()) == rank
 
 
 def test_budgets_of_bytes_and_flops():

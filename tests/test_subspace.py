@@ -96,6 +96,18 @@ def test_a_wider_core_is_the_closed_form_too(m, n, covariances, share):
             assert torch.allclose(C, closed_form_core(W, Gd, Ad, U, V), atol=slack * float(found.sigma[0]))
 
 
+def test_the_other_side_of_a_wider_core_keeps_its_task_directions():
+    """With all directions on one side there is no room for the task's there, which is nothing to the other."""
+    W, G, A, D = layer(12, 30)
+    found = made(W, G, A, D, 12)
+    _, _, V = found.factors(6, 0.5)
+    _, _, wide = found.factors(6, 0.5, width=12)
+    assert torch.allclose(V[:, :3], wide[:, :3], atol=1e-12)
+    held = [float((torch.linalg.qr(X)[0].T @ D.T).square().sum()) for X in (V, wide)]
+    assert abs(held[1] / held[0] - 1) < 1e-9
+    assert held[0] > 1.05 * float((torch.linalg.qr(found.factors(6, 0.0)[2])[0].T @ D.T).square().sum())
+
+
 @shapes
 def test_full_rank_equals_dense(m, n):
     W, G, A, D = layer(m, n)

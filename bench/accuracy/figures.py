@@ -180,7 +180,7 @@ def plot(rows: list[Row], file: Path) -> None:
             y = [100 * statistics.fmean(v) for _, v in points]
             bars = [100 * statistics.stdev(v) if len(v) > 1 else 0 for _, v in points]
             look = {
-                "marker": "osD^vP*X<>hpd"[k % 13],
+                "marker": "osD^vP*X<>hpd8"[k % 14],
                 "color": pyplot.colormaps["tab20"](k % 20),
             }  # the same in every panel
             axis.errorbar(x, y, bars, **look, capsize=3, label=method, lw=2 if method == "jactus" else 1)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from jactus import CoreLinear, FoldedLinear
+from jactus import CoreLinear, FoldedLinear, JactusError
 
 Batch = dict[str, Tensor]
 KINDS = (nn.Linear, Conv1D, CoreLinear, FoldedLinear)
@@ -47,14 +47,13 @@ def _calls(model: nn.Module, batch: Batch) -> list[tuple[nn.Module, int, bool]]:
 def _forward(layer: nn.Module) -> int:
     if isinstance(layer, CoreLinear | FoldedLinear):
         two = layer.rank * (layer.in_features + layer.out_features)
-        return two + (layer.rank**2 if isinstance(layer, CoreLinear) and layer.width == layer.rank else 0)
+        if isinstance(layer, CoreLinear) and layer.width > layer.rank:
+            raise JactusError(f"{layer}: work is counted for square cores only")
+        return two + (layer.rank**2 if isinstance(layer, CoreLinear) else 0)
     return layer.weight.numel()  # type: ignore[union-attr, return-value]
 
 
 def _backward(layer: nn.Module, inside: bool) -> int:
-    if isinstance(layer, CoreLinear) and layer.width > layer.rank:  # as two factors, the shorter of which trains
-        m, n = layer.out_features, layer.in_features
-        return layer.rank * (m + min(m, n) + inside * n)
     if isinstance(layer, CoreLinear):  # q = gU and qᵀh; then qC and (qC)Vᵀ
         square = layer.rank**2
         return layer.rank * layer.out_features + square + inside * (square + layer.rank * layer.in_features)
