@@ -24,7 +24,7 @@ TARGETS = {
     ("decode", "dense", 0.8): 1.0,
     ("decode", "dense", 0.5): 1.0,
     ("decode, budget of time", "dense", 0.8): 1.0,
-    ("decode, budget of time", "dense", 0.5): 1.0,
+    ("decode, budget of time", "dense", 0.9): 1.0,
     ("calibration, covariances", "usual", 1.0): 0.65,
     ("planning, input metric", "whitening + full SVD", 1.0): 0.35,
     ("planning, fisher and union", "whitening + full SVD", 1.0): 0.35,
