@@ -108,7 +108,8 @@ class JactusConfig:
         1.0,
         "The longer side of a core as a multiple of the rank (our choice): so many directions, not the rank's, on the side of "
         "the layer with fewer rows, which give low ranks more to learn with. Folding multiplies them away: what is deployed is "
-        "r(m+n) as ever, but what is stored and trains until then is larger, at high budgets than dense. Above 1 it needs accounting='folded' and no trainable_rank.",
+        "r(m+n) as ever, but what is stored and trains until then is larger, at high budgets than dense. Above 1 it needs "
+        "accounting='folded' and no trainable_rank.",
     )
     trainable_rank: int | None = option(
         None,

@@ -103,8 +103,9 @@ class CoreLinear(LowRankLinear):
 
     def forward(self, input: Tensor) -> Tensor:
         U, C, V, bias = in_dtype_of(input, self.U, self.effective_core, self.V, self.bias)
-        (p, q), short, tokens = C.shape, min(self.out_features, self.in_features), input.numel() // self.in_features
-        if tokens * (p * q + abs(p - q) * short) <= p * q * short or p == q:
+        p, q = C.shape
+        short = min(self.out_features, self.in_features)
+        if p == q or input.numel() // self.in_features * (p * q + abs(p - q) * short) <= p * q * short:
             return kernels.core_linear(input, U, C, V, bias)
         left, right = (U @ C, V.T) if p > q else (U, C @ V.T)
         return kernels.folded_linear(input, left, right, bias)

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -115,7 +116,11 @@ class Plan:
 
     def at(self, budget: float) -> "Plan":
         """The same spectra under another budget: instant, without model or data. Raises JactusError as JactusConfig."""
-        return with_ranks(replace(self, config=self.config.replace(budget=budget)))
+        return self.with_config(budget=budget)
+
+    def with_config(self, **changes: Any) -> "Plan":
+        """The same spectra allocated under other settings of the configuration. Raises JactusError as JactusConfig."""
+        return with_ranks(replace(self, config=self.config.replace(**changes)))
 
     @cached_property
     def dense_parameters(self) -> int:
@@ -135,7 +140,7 @@ class Plan:
     @property
     def folded_parameters(self) -> int:
         """Weights of the targeted layers once folded: Σ r(m+n), dense layers in full."""
-        return self._total(lambda layer, rank: rank * (layer.m + layer.n))
+        return self._total(lambda layer, rank: parameters(layer.m, layer.n, rank, folded=True))
 
     @property
     def core_parameters(self) -> int:

@@ -109,9 +109,8 @@ class Directions:
         """
         tasks = min(task_rank(rank, share), self.task_core.shape[0])
         wide = rank if width is None else width
-        if wide > self.left.weight.shape[1]:
-            kept = self.left.weight.shape[1]
-            raise JactusError(f"{wide} directions a side were asked for, but only {kept} were kept; plan again")
+        if wide > self.kept:
+            raise JactusError(f"{wide} directions a side were asked for, but only {self.kept} were kept; plan again")
         left, right = self.to64(self.left), self.to64(self.right)
         p, q = (wide, rank) if left.weight.shape[0] <= right.weight.shape[0] else (rank, wide)
         (k_left, E_left), (k_right, E_right) = left.split(p, tasks), right.split(q, tasks)
@@ -130,6 +129,11 @@ class Directions:
             U, V = U.roll(p - k_left, 1), V.roll(q - k_right, 1)
             core = core.roll((p - k_left, q - k_right), (0, 1))
         return U, core, V
+
+    @property
+    def kept(self) -> int:
+        """K: the weight directions of each side."""
+        return self.left.weight.shape[1]
 
     @staticmethod
     def to64(side: Side) -> Side:

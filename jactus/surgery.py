@@ -38,10 +38,11 @@ def compress(model: nn.Module, plan: Plan) -> nn.Module:
                 f"{found}; plan this model (and compress before training it, not after)"
             )
         rank = plan.ranks[name]
-        if rank is not None and layer.width(rank, plan.config) > layer.directions.left.weight.shape[1]:
+        wanted = 0 if rank is None else layer.width(rank, plan.config)
+        if wanted > layer.directions.kept:
             raise JactusError(
-                f"{name} ({layer.m}×{layer.n}) is to have {layer.width(rank, plan.config)} directions a side, and the plan kept "
-                f"{layer.directions.left.weight.shape[1]}: its configuration was changed; plan again"
+                f"{name} ({layer.m}×{layer.n}) is to have {wanted} directions a side, and the plan kept "
+                f"{layer.directions.kept}: its configuration was changed; plan again"
             )
     steps = step_scales(plan)
     for name, layer in plan.layers.items():

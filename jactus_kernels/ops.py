@@ -154,11 +154,10 @@ def covariance_update_(S: Tensor, X: Tensor, mask: Tensor | None = None, alpha: 
 def core_linear(x: Tensor, U: Tensor, C: Tensor, V: Tensor, bias: Tensor | None = None) -> Tensor:
     """y = x (U C Vᵀ)ᵀ + b, never forming the m×n weight, in the forward or in the backward.
 
-    x: (..., n); U: (m, p); C: (p, q); V: (n, q); bias: (m,) or None; y: (..., m). Only square cores, p = q, have fused
-    kernels. Under autocast all are cast to its
+    x: (..., n); U: (m, p); C: (p, q); V: (n, q); bias: (m,) or None; y: (..., m). Under autocast all are cast to its
     dtype; otherwise all must share one. Gradients flow to x, C and bias through a backward that keeps only h = x V. On a GPU
-    it is fused; elsewhere it is plain autograd, which for frozen U and V keeps as little and multiplies as little, and
-    spares a call the dispatch of an operator. If U or V require grad, plain autograd keeps more.
+    it is fused where the core is square, p = q; elsewhere it is plain autograd, which for frozen U and V keeps as little and
+    multiplies as little, and spares a call the dispatch of an operator. If U or V require grad, plain autograd keeps more.
 
     Raises JactusError for shapes or dtypes that do not fit.
     """

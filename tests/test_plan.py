@@ -1,7 +1,6 @@
 """A plan on a real architecture: what it counts, predicts, keeps, and gives back after a file."""
 
 import copy
-import dataclasses
 
 import pytest
 import torch
@@ -9,7 +8,7 @@ import torch
 import jactus
 from jactus import JactusConfig, JactusError, Plan
 from jactus.layers import compressed_layers
-from jactus.plan import core_width, with_ranks
+from jactus.plan import core_width
 from jactus.subspace import metric
 from tests.models import BERT, LLAMA, SMALL, T5, VIT
 
@@ -130,7 +129,7 @@ def test_a_wider_core_computes_what_a_square_one_does_or_better_and_folds_to_the
 
 def test_a_plan_whose_configuration_was_changed_leaves_the_model_untouched(bert):
     plan = planned(bert, accounting="folded", rank_multiple=1, budget=0.8)
-    changed = with_ranks(dataclasses.replace(plan, config=plan.config.replace(core_width=1.5, budget=0.6)))
+    changed = plan.with_config(core_width=1.5, budget=0.6)
     model = copy.deepcopy(bert[0])
     with pytest.raises(JactusError, match="directions a side"):
         jactus.compress(model, changed)

@@ -16,6 +16,7 @@ from .store import Row
 from .tasks import LANGUAGES, TASKS, TEXT, VISION
 
 Scores = dict[int, float]  # by seed
+MARKERS = "osD^vP*X<>hpd8"
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,7 @@ def plot(rows: list[Row], file: Path) -> None:
             y = [100 * statistics.fmean(v) for _, v in points]
             bars = [100 * statistics.stdev(v) if len(v) > 1 else 0 for _, v in points]
             look = {
-                "marker": "osD^vP*X<>hpd8"[k % 14],
+                "marker": MARKERS[k % len(MARKERS)],
                 "color": pyplot.colormaps["tab20"](k % 20),
             }  # the same in every panel
             axis.errorbar(x, y, bars, **look, capsize=3, label=method, lw=2 if method == "jactus" else 1)

@@ -6,6 +6,7 @@ Gᵢᵀᐟ² Wᵢ A^½ put together. Each way takes ranks from its own spectra b
 """
 
 import argparse
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from jactus.targets import Target, find_targets
 
 from ..report import table, versions
 from .methods import CONFIG
-from .tasks import TASKS, calibrated, prepared
+from .tasks import TASKS, TEXT, calibrated, prepared
 
 BUDGETS = (0.8, 0.5, 0.35)
 
@@ -42,13 +43,16 @@ def offer(name: str, M: Tensor) -> Offer:
     return Offer(name, ranks, ranks * float(m + n), kept[ranks], False, float(m * n))
 
 
-def rise(stacks: list[Tensor], budget: float) -> float:
-    """½ Σ of the squared singular values left out at `budget` of the dense size."""
+def rises(stacks: list[Tensor], budgets: Sequence[float]) -> list[float]:
+    """½ Σ of the squared singular values left out at each of `budgets` of the dense size."""
     offers = [offer(str(k), M) for k, M in enumerate(stacks)]
-    spent = budget * sum(o.dense_cost for o in offers)
-    chosen = allocate(offers, spent, budget, False, CONFIG.rank_floor)
+    dense = sum(o.dense_cost for o in offers)
     everything = sum(float(M.square().sum()) for M in stacks)
-    return (everything - sum(float(o.gain[c]) for o, c in zip(offers, chosen))) / 2
+    found = []
+    for budget in budgets:
+        chosen = allocate(offers, budget * dense, budget, False, CONFIG.rank_floor)
+        found.append((everything - sum(float(o.gain[c]) for o, c in zip(offers, chosen))) / 2)
+    return found
 
 
 @torch.no_grad()
@@ -63,18 +67,17 @@ def compared(task_name: str) -> list[tuple[str, ...]]:
     for name, M in alone.items():
         groups.setdefault(statistics.layers[name].inputs, []).append(M)
     stacked = [torch.cat(members) for members in groups.values()]
-    rows = []
-    for budget in BUDGETS:
-        apart, shared = rise(list(alone.values()), budget), rise(stacked, budget)
-        rows.append((task_name, f"{budget:.0%}", f"{apart:.4g}", f"{shared:.4g}", f"{shared / apart:.2f}"))
-    return rows
+    return [
+        (task_name, f"{budget:.0%}", f"{apart:.4g}", f"{shared:.4g}", f"{shared / apart:.2f}")
+        for budget, apart, shared in zip(BUDGETS, rises(list(alone.values()), BUDGETS), rises(stacked, BUDGETS))
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=TASKS, action="append", help="may be repeated; all text tasks if not given")
     args = parser.parse_args()
-    rows = [row for name in args.task or ("sarcasm", "movies", "newsgroups") for row in compared(name)]
+    rows = [row for name in args.task or TEXT for row in compared(name)]
     print(table(("task", "budget", "own V each", "one V shared", "shared / own"), rows))
     print(f"\n{versions('statistics under bfloat16 autocast')}")
 

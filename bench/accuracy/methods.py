@@ -2,13 +2,12 @@
 
 import ast
 import re
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import torch
 from torch import nn
 
 import jactus
-from jactus.plan import with_ranks
 from jactus_kernels import JactusError
 
 from .compressors import COMPRESSORS
@@ -98,13 +97,8 @@ def build(method: str, model: nn.Module, context: Context, budget: float) -> nn.
     torch.manual_seed(context.seed)
     plan = jactus.plan(model, context.statistics, chosen.config.replace(budget=budget), progress=False)
     if chosen.cores == "uniform":
-        plan = with_as_many_cores(plan, replanned(plan, allocation="uniform").core_parameters)
+        plan = with_as_many_cores(plan, plan.with_config(allocation="uniform").core_parameters)
     return jactus.compress(model, plan)
-
-
-def replanned(plan: jactus.Plan, **changes) -> jactus.Plan:
-    """The same spectra allocated under other settings."""
-    return with_ranks(replace(plan, config=plan.config.replace(**changes)))
 
 
 def with_as_many_cores(plan: jactus.Plan, wanted: int) -> jactus.Plan:

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 import jactus
 from jactus.plan import Plan
 
-from ..report import versions
+from ..report import named, versions
 from . import checks, flops, subjects
 from .race import race, ratio
 from .steps import BASIC, BUDGETS
@@ -34,9 +34,7 @@ def prefill(settings: tuple[Setting, ...] = PREFILL) -> Iterator[Row]:
     for at in settings:
         torch.set_num_threads(at.threads)
         batch = subjects.unlabelled(subjects.batch(at.model, at.rows, at.length, at.device))
-        plan = subjects.planned(at.model)
-        plans = {f"jactus {budget:.0%}": plan.at(budget) for budget in BUDGETS}
-        models, errors = _models(at, batch, plans, at.autocast, torch.float32)
+        models, errors = _models(at, batch, subjects.planned(at.model), BUDGETS, at.autocast, torch.float32)
         work = {name: flops.forward(model, batch) for name, model in models.items()}
         times = race({name: forward(model, batch, at) for name, model in models.items()}, device=at.device)
         for budget, name in zip(BUDGETS, errors):
@@ -63,9 +61,7 @@ def _decoding(
     for at in settings:
         torch.set_num_threads(at.threads)
         batch = subjects.unlabelled(subjects.batch(at.model, at.rows, at.length, at.device))
-        plan = planned(at)
-        plans = {f"jactus {budget:.0%}": plan.at(budget) for budget in budgets}
-        models, errors = _models(at, batch, plans, nullcontext, getattr(torch, at.dtype))
+        models, errors = _models(at, batch, planned(at), budgets, nullcontext, getattr(torch, at.dtype))
         stored = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
         times = race({name: next_token(model, batch) for name, model in models.items()}, device=at.device)
         for budget, name in zip(budgets, errors):
@@ -75,13 +71,19 @@ def _decoding(
 
 
 def _models(
-    at: Setting, batch: dict, plans: dict[str, Plan], context: Callable[[], AbstractContextManager], stored: torch.dtype
+    at: Setting,
+    batch: dict,
+    plan: Plan,
+    budgets: tuple[float, ...],
+    context: Callable[[], AbstractContextManager],
+    stored: torch.dtype,
 ) -> tuple[dict[str, nn.Module], dict[str, float]]:
-    """The dense model and the folded ones of `plans`, with weights of dtype `stored`, and the errors of these against themselves
+    """The dense model and the folded ones, with weights of dtype `stored`, and the errors of these against themselves
     before folding: in float32, and where they will run in bfloat16, computed as they will be."""
     models, errors = {"dense": subjects.dense(at.model).to(at.device, stored)}, {}
-    for name, plan in plans.items():
-        three = jactus.compress(subjects.dense(at.model), plan).to(at.device).eval()
+    for budget in budgets:
+        name = named("jactus", budget)
+        three = jactus.compress(subjects.dense(at.model), plan.at(budget)).to(at.device).eval()
         folded = subjects.folded(three)
         errors[name] = checks.same_logits(three, folded, batch)
         models[name] = folded.to(stored)

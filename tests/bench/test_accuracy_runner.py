@@ -162,7 +162,7 @@ def test_cores_can_be_made_as_many_as_uniform_ranks_have(tiny):
     statistics = tasks.calibrated(task, case, 64, 0, "fitted", None)
     config = JactusConfig(accounting="folded", rank_multiple=1, budget=0.6)
     plan = jactus.plan(case.model, statistics, config, progress=False)
-    wanted = methods.replanned(plan, allocation="uniform").core_parameters
+    wanted = plan.with_config(allocation="uniform").core_parameters
     found = methods.with_as_many_cores(plan, wanted)
     assert found.core_parameters <= wanted < plan.at(found.config.budget + 0.05).core_parameters
     assert found.config.allocation == "global"
@@ -172,6 +172,6 @@ def test_stacked_layers_are_preserved_best_when_they_read_the_same_directions():
     torch.manual_seed(0)
     shared = torch.randn(32, 128, dtype=torch.float64)
     alike = [torch.randn(128, 32, dtype=torch.float64) @ shared for _ in range(2)]
-    assert grouped.rise([torch.cat(alike)], 0.4) < 1e-9 * grouped.rise(alike, 0.4)
+    assert grouped.rises([torch.cat(alike)], [0.4])[0] < 1e-9 * grouped.rises(alike, [0.4])[0]
     apart = [torch.randn(128, 128, dtype=torch.float64) for _ in range(2)]
-    assert grouped.rise([torch.cat(apart)], 0.5) > grouped.rise(apart, 0.5) > 0
+    assert grouped.rises([torch.cat(apart)], [0.5])[0] > grouped.rises(apart, [0.5])[0] > 0
