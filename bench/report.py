@@ -31,11 +31,13 @@ class Row:
 
 def environment(seed: int) -> dict[str, Any]:
     """Seed, versions and machine."""
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     return {
         "seed": seed,
         "python": platform.python_version(),
         **{name: _version(name) for name in PACKAGES},
         "machine": f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {platform.system()}",
+        **gpu,
     }
 
 

@@ -1,7 +1,8 @@
 """The public operators: torch.library custom ops with fake and autograd registrations.
 
 Each op's default implementation is the reference; a device's own is registered on top of it. So on a GPU `torch.compile`,
-`torch.export` and `opcheck` see one opaque, well-described operator; elsewhere the layers are the reference itself.
+`torch.export` and `opcheck` see one opaque, well-described operator. Where no kernel would run, a layer called as it is
+(eagerly) is the reference itself: an operator's dispatch costs the host more than the two or three products do.
 """
 
 import torch
@@ -9,9 +10,6 @@ from torch import Tensor
 
 from . import cpu, cuda, reference
 from .errors import JactusError
-
-# Devices on which the layers are operators; an operator's dispatch costs more than two small products on a CPU.
-OPERATORS_ON = ("cuda",)
 
 
 @torch.library.custom_op("jactus::covariance_update", mutates_args={"S"})
@@ -170,14 +168,12 @@ def core_linear(x: Tensor, U: Tensor, C: Tensor, V: Tensor, bias: Tensor | None 
         )
     _same_dtype("core_linear", x, U, C, V, bias)
     trained_bases = torch.is_grad_enabled() and (U.requires_grad or V.requires_grad)
-    if x.device.type not in OPERATORS_ON or trained_bases or p != q:
+    trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, C, bias))
+    passes = ("core_linear_train", "core_linear_backward") if trains else ("core_linear",)
+    if trained_bases or p != q or not _is_operator(passes, x, m, n, p):
         return reference.core_linear(x, U, C, V, bias)
     flat = x.reshape(-1, n)
-    wants_grad = x.requires_grad or C.requires_grad or (bias is not None and bias.requires_grad)
-    if torch.is_grad_enabled() and wants_grad:
-        y = _core_linear_train(flat, U, C, V, bias)[0]
-    else:
-        y = _core_linear(flat, U, C, V, bias)
+    y = _core_linear_train(flat, U, C, V, bias)[0] if trains else _core_linear(flat, U, C, V, bias)
     return y.reshape(*x.shape[:-1], m)
 
 
@@ -198,11 +194,17 @@ def folded_linear(x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None = 
         )
     _same_dtype("folded_linear", x, left, right, bias)
     tensors = (x, left, right, bias)
-    if x.device.type not in OPERATORS_ON or (
-        torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    ):
+    trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if trains or not _is_operator(("folded_linear",), x, m, n, r):
         return reference.folded_linear(x, left, right, bias)
     return _folded_linear(x.reshape(-1, n), left, right, bias).reshape(*x.shape[:-1], m)
+
+
+def _is_operator(ops: tuple[str, ...], x: Tensor, m: int, n: int, r: int) -> bool:
+    """Whether one of these operators runs a kernel for x (..., n), or is being compiled, when the shape is not yet known."""
+    if x.device.type != "cuda":
+        return False
+    return torch.compiler.is_compiling() or any(cuda.uses_triton(op, x, x.numel() // n, m, n, r) for op in ops)
 
 
 def _autocast(x: Tensor, *others: Tensor | None) -> tuple:

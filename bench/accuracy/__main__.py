@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="regular expression; only cells 'task method budget' that it finds")
     parser.add_argument("--workers", type=int, default=1, help="cells measured at a time")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of each")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--float32", action="store_true", help="train without bfloat16 autocast")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no cell after so long")
     parser.add_argument("--out", type=Path, default=Path("docs/pictures/accuracy.png"), help="of plot")
@@ -66,7 +67,7 @@ def run(entries: list[Entry], args: argparse.Namespace) -> None:
             same_but_rate = any(replace(other, lr=cell.lr) == cell for other in running.values())
             untrained = lacks_untrained(cell, rows) and not same_but_rate
             pool = ProcessPoolExecutor(1, context)  # of its own: a cell that is killed takes no other with it
-            running[pool.submit(measure, cell, args.threads, autocast, untrained)] = cell
+            running[pool.submit(measure, cell, args.threads, autocast, untrained, args.device)] = cell
             pool.shutdown(wait=False)
         if not running:
             break

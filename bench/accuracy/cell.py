@@ -16,13 +16,14 @@ from .tasks import TASKS, calibrated, calibration_batches, prepared
 FEW = 256  # examples that peers look at themselves: PEFT's collectors take a quarter of a second for each
 
 
-def measure(cell: Cell, threads: int, autocast: torch.dtype | None, untrained: bool) -> list[Row]:
+def measure(cell: Cell, threads: int, autocast: torch.dtype | None, untrained: bool, device: str = "cpu") -> list[Row]:
     """The cell's rows: before training if `untrained`, and after it (with no loss where training diverged)."""
     torch.set_num_threads(threads)
-    task, chosen, before = TASKS[cell.task], variant(cell.method), memory.resident()
+    task, chosen = TASKS[cell.task], variant(cell.method)
+    before = memory.used(device)
     seen, head = (chosen.calibration, chosen.head) if chosen else (None, "fitted")
     seen = seen or task.calibration
-    case = prepared(task, head, cell.seed)
+    case = prepared(task, head, cell.seed, device)
     statistics = calibrated(task, case, seen, cell.seed, head, autocast)
     context = Context(statistics, calibration_batches(task, case, min(seen, FEW), cell.seed), cell.seed)
     model = build(cell.method, case.model, context, cell.budget)
@@ -30,25 +31,26 @@ def measure(cell: Cell, threads: int, autocast: torch.dtype | None, untrained: b
     size = sizes(model)
 
     def row(phase: str, **measured) -> Row:
-        with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+        with torch.autocast(device, autocast or torch.bfloat16, enabled=autocast is not None):
             value, validation = task.score(model, case.test), task.score(model, case.validation)
         return Row(
             cell.task, cell.method, cell.budget, cell.seed, phase, task.metric, value, validation,
             trainable=size.trainable, stored=size.stored, folded=size.folded, optimizer_bytes=size.optimizer_bytes,
-            versions=versions(_precision(autocast)), **measured,
+            versions=versions(*_how(autocast, device)), **measured,
         )  # fmt: skip
 
     rows = [row("untrained")] if untrained else []
-    memory.forget_peak()
+    memory.forget_peak(device)
     try:
         done = training.train(model, case.training, cell.lr, task.epochs, task.batch_size, cell.seed, autocast, False)
     except JactusError as e:
         print(f"{cell}: {e}", file=sys.stderr)
         return [*rows, row("trained", lr=cell.lr, loss=None)]
-    peak = memory.resident("VmHWM")
-    used = None if peak is None or before is None else peak - before
-    return [*rows, row("trained", lr=cell.lr, loss=done.loss, peak_bytes=used, train_seconds=done.seconds)]
+    peak = memory.peak(device)
+    taken = None if peak is None or before is None else peak - before
+    return [*rows, row("trained", lr=cell.lr, loss=done.loss, peak_bytes=taken, train_seconds=done.seconds)]
 
 
-def _precision(autocast: torch.dtype | None) -> str:
-    return "float32" if autocast is None else f"{str(autocast).removeprefix('torch.')} autocast"
+def _how(autocast: torch.dtype | None, device: str) -> list[str]:
+    precision = "float32" if autocast is None else f"{str(autocast).removeprefix('torch.')} autocast"
+    return [precision] if device == "cpu" else [precision, f"on {device}"]

@@ -109,7 +109,8 @@ def eva(model: nn.Module, context: Context, budget: float = 1.0) -> PeftModel:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*eva initialization used with low_cpu_mem_usage")
         adapted = get_peft_model(model, config)
-    batches = [_inputs(batch) for batch in context.batches]
+    device = next(model.parameters()).device
+    batches = [_inputs(batch, device) for batch in context.batches]
     left = EVA_PASSES * len(batches)
 
     def forward(model: nn.Module, inputs: Batch) -> Any:
@@ -210,19 +211,19 @@ def _seeded_lora(model: nn.Module, context: Context, **options: Any) -> PeftMode
 
 def unpadded_rows(batches: Sequence[Batch], device: torch.device) -> Iterator[Batch]:
     """Every row as a batch of one (1, T), without its masked tokens and without labels."""
-    for batch in map(_inputs, batches):
+    for batch in (_inputs(batch, device) for batch in batches):
         mask = batch.get("attention_mask")
         for i in range(len(next(iter(batch.values())))):
-            row = {key: value[i : i + 1].to(device) for key, value in batch.items()}
+            row = {key: value[i : i + 1] for key, value in batch.items()}
             if mask is not None:
-                kept = mask[i].bool().to(device)
+                kept = mask[i].bool()
                 row = {key: value[:, kept] if value.shape[1:] == kept.shape else value for key, value in row.items()}
             yield row
 
 
-def _inputs(batch: Batch) -> Batch:
-    """A batch without labels: EVA would take a classifier's for a token mask."""
-    return {key: value for key, value in batch.items() if key != "labels"}
+def _inputs(batch: Batch, device: torch.device) -> Batch:
+    """A batch on `device` without labels: EVA would take a classifier's for a token mask."""
+    return {key: value.to(device) for key, value in batch.items() if key != "labels"}
 
 
 def _kept_positions(batch: Batch, config: LoraConfig) -> Tensor | None:

@@ -95,10 +95,11 @@ TEXT = ("sarcasm", "movies", "newsgroups")
 LANGUAGES = ("wikipedia", "openwebtext")
 
 
-def prepared(task: Task, head: str, seed: int) -> Case:
-    """The task with its head 'fitted' to the frozen features (once; then read from the cache), or 'random' by seed."""
+def prepared(task: Task, head: str, seed: int, device: str = "cpu") -> Case:
+    """The task with its model on `device` and its head 'fitted' to the frozen features (once; then read from the cache), or 'random' by seed."""
     torch.manual_seed(seed if head == "random" else 0)
     case = task.load()
+    case.model.to(device)
     if task.metric != "accuracy" or head == "random":
         return case
     classifier = case.model.classifier
@@ -116,14 +117,16 @@ def calibrated(
 ) -> jactus.Statistics:
     """All sums over `rows` training examples drawn by `seed` (once; then read from the cache)."""
     config = jactus.JactusConfig(union=jactus.config.SOURCES)
+    device = next(case.model.parameters()).device.type
 
     def calibrate(file: Path) -> None:
-        with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+        with torch.autocast(device, autocast or torch.bfloat16, enabled=autocast is not None):
             seen = calibration_batches(task, case, rows, seed)
             jactus.calibrate(case.model, seen, config, progress=False).save(file)
 
-    precision = "float32" if autocast is None else "autocast"
-    return jactus.Statistics.load(_once(f"statistics-{task.name}-{rows}-{seed}-{head}-{precision}", calibrate))
+    how = "float32" if autocast is None else "autocast"
+    how += "" if device == "cpu" else f"-{device}"
+    return jactus.Statistics.load(_once(f"statistics-{task.name}-{rows}-{seed}-{head}-{how}", calibrate))
 
 
 def calibration_batches(task: Task, case: Case, rows: int, seed: int) -> list[dict]:

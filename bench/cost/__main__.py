@@ -27,17 +27,21 @@ def parts(
 ) -> dict[str, tuple[type, Callable[[], Iterable[Any]]]]:
     """What there is to measure, by name: the kind of row, and what yields them. On a GPU, what has a device."""
 
-    def on(measure: Callable[[tuple[Setting, ...]], Iterator[Any]], settings: Sequence[Setting]) -> Callable:
-        chosen = [replace(s, device=device) for s in settings if s.model in models]
+    def on(
+        measure: Callable[[tuple[Setting, ...]], Iterator[Any]],
+        settings: Sequence[Setting],
+        on_gpu: Sequence[Setting] = steps.ON_GPU,
+    ) -> Callable:
+        chosen = [replace(s, device=device) for s in (settings if device == "cpu" else on_gpu) if s.model in models]
         return functools.partial(measure, tuple(dict.fromkeys(chosen)))
 
     placed = {
         "training": (Row, on(steps.training, steps.SETTINGS)),
         "prefill": (Row, on(inference.prefill, inference.PREFILL)),
-        "decode": (Row, on(inference.decode, inference.DECODE)),
-        "decode-timed": (Row, on(inference.decode_timed, inference.TIMED)),
+        "decode": (Row, on(inference.decode, inference.DECODE, inference.DECODE_ON_GPU)),
+        "decode-timed": (Row, on(inference.decode_timed, inference.TIMED, inference.TIMED_ON_GPU)),
         "memory": (Memory, on(steps.memory_rows, steps.MEMORY_SETTINGS)),
-        "calibration": (Row, on(calibration.calibration, calibration.SETTINGS)),
+        "calibration": (Row, on(calibration.calibration, calibration.SETTINGS, calibration.ON_GPU)),
     }
     if device != "cpu":
         return placed

@@ -26,6 +26,8 @@ PREFILL = (
 )
 DECODE = tuple(Setting(m, dtype, threads, 1, 128) for m in ("smollm2", "llama-7b")
                for dtype in ("float32", "bfloat16") for threads in (1, 2))  # fmt: skip
+DECODE_ON_GPU = tuple(Setting("llama-7b", dtype, 1, rows, 128) for dtype in ("bfloat16", "float32") for rows in (1, 16))
+TIMED_ON_GPU = (Setting("smollm2", "bfloat16", 1, 1, 128),)
 TIMED = tuple(s for s in DECODE if s.model == "smollm2")
 
 

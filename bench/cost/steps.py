@@ -28,6 +28,14 @@ SETTINGS = (
     *(replace(s, threads=1) for s in BASIC[:2]),
     *(replace(BASIC[0], threads=2, rows=rows, length=length) for rows, length in ((8, 32), (8, 128), (32, 128))),
 )
+# A GPU is filled by thousands of tokens; the smaller batches show what launching costs.
+ON_GPU = tuple(
+    Setting(model, dtype, 1, rows, length)
+    for model, rows, length in (
+        ("vit-b", 64, 197), ("vit-b", 4, 197), ("llama-7b", 4, 2048), ("llama-7b", 1, 256), ("minilm", 32, 32),
+    )
+    for dtype in ("bfloat16", "float32")
+)  # fmt: skip
 
 
 def training(settings: tuple[Setting, ...] = SETTINGS) -> Iterator[Row]:
@@ -79,8 +87,8 @@ def measure_memory(at: Setting, method: str, budget: float) -> Memory:
     """Of this process: call it in a fresh one."""
     torch.set_num_threads(at.threads)
     subjects.planned(at.model)  # for every method alike: libraries loaded, thread pools made
-    memory.forget_peak()
-    before = memory.resident()
+    memory.forget_peak(at.device)
+    before = memory.used(at.device)
     model = subjects.ready(at.model, method, budget).to(at.device)
     batch = subjects.batch(at.model, at.rows, at.length, at.device)
     run = step(model, batch, at)
@@ -89,13 +97,11 @@ def measure_memory(at: Setting, method: str, budget: float) -> Memory:
     trained = [p for p in model.parameters() if p.requires_grad]
     gradients = sum(p.numel() * p.element_size() for p in trained)
     activations = saved_bytes(model, batch, at)
-    memory.forget_peak()
-    if at.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+    memory.forget_peak(at.device)
     run()
     run()
-    after = torch.cuda.max_memory_allocated() if at.device == "cuda" else memory.resident("VmHWM")
-    peak = None if after is None or before is None else after - (0 if at.device == "cuda" else before)
+    after = memory.peak(at.device)
+    peak = None if after is None or before is None else after - before
     return Memory(
         at.model, at.dtype, at.rows, at.length, method, budget, weights, gradients, 2 * gradients, activations, peak,
         at.device, versions(),

@@ -20,6 +20,8 @@ MODELS = {
 }
 TOKENS = (1, 16, 256, 2048, 16384)
 RETAINED = (0.8, 0.3)  # the lower one has ranks that the fused kernels keep on chip
+IN_FLOAT32 = ("ViT-B", "Llama-2-7B", "toy")  # the others run in bfloat16 only, as they are used
+BEYOND_CACHE = 160 << 20  # bytes of weights that calls in turns go over: more than the L2 cache of any device
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 
@@ -60,6 +62,14 @@ def made(*shape: int, scale: float, dtype: torch.dtype, seed: int = 0) -> Tensor
     return (torch.randn(*shape, generator=generator, device=DEVICE) * scale).to(dtype)
 
 
+def copies(case: Case, dtype: torch.dtype) -> int:
+    """How many layers of that size a model must have for their factors not to fit in a cache; at most 64."""
+    if not ON_GPU or case.T > 256:  # there a layer's own activations fill the cache
+        return 1
+    size = (case.r * (case.m + case.n + case.r) or case.n**2) * dtype.itemsize
+    return max(1, min(64, -(-BEYOND_CACHE // size)))
+
+
 def layer(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """x, U, C, V and bias, scaled so that y is of order one."""
     T, m, n, r = case.T, case.m, case.n, case.r
@@ -72,46 +82,52 @@ def layer(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tenso
     )
 
 
-def forward(case: Case, dtype: torch.dtype) -> dict[str, Callable[[], Tensor]]:
-    """Inference of one layer, by provider; the first is what the others' results are compared with."""
+def forward(case: Case, dtype: torch.dtype, provider: str) -> Callable[[int], Tensor]:
+    """Inference of a layer by a provider: a function of which of the `copies` of its weights to use.
+
+    "three products" is what the others' results are compared with.
+    """
     x, U, C, V, b = layer(case, dtype)
-    W, left, right = U @ C @ V.T, U @ C, V.T.contiguous()
-    return {
-        "three products": lambda: reference.core_linear(x, U, C, V, b),
-        "jactus": lambda: jk.core_linear(x, U, C, V, b),
-        "dense": lambda: linear(x, W, b),
-        "two products": lambda: reference.folded_linear(x, left, right, b),
-        "jactus folded": lambda: jk.folded_linear(x, left, right, b),
-    }
+    count = copies(case, dtype)
+
+    def repeated(*weights: Tensor) -> list[tuple[Tensor, ...]]:
+        return [weights, *(tuple(w.clone() for w in weights) for _ in range(count - 1))]
+
+    if provider in ("three products", "jactus"):
+        core, cores = reference.core_linear if provider == "three products" else jk.core_linear, repeated(U, C, V)
+        return lambda i: core(x, *cores[i % count], b)
+    if provider == "dense":
+        dense = repeated(U @ C @ V.T)
+        return lambda i: linear(x, *dense[i % count], b)
+    pair, pairs = (
+        reference.folded_linear if provider == "two products" else jk.folded_linear,
+        repeated(U @ C, V.T.contiguous()),
+    )
+    return lambda i: pair(x, *pairs[i % count], b)
 
 
-def training(case: Case, dtype: torch.dtype) -> dict[str, Callable[[], Tensor]]:
+def training(case: Case, dtype: torch.dtype, provider: str) -> Callable[[int], Tensor]:
     """Forward and backward of one layer; returns the gradient of the input."""
     x, U, C, V, b = layer(case, dtype)
     x.requires_grad_(), C.requires_grad_()
-    W = (U @ C @ V.T).detach().requires_grad_()
     g = made(case.T, case.m, scale=1, dtype=dtype, seed=3)
-
-    def step(compute: Callable, weight: Tensor) -> Callable[[], Tensor]:
-        return lambda: torch.autograd.grad(compute(), (x, weight), g)[0]
-
-    return {
-        "three products": step(lambda: reference.core_linear(x, U, C, V, b), C),
-        "jactus": step(lambda: jk.core_linear(x, U, C, V, b), C),
-        "dense": step(lambda: linear(x, W, b), W),
-    }
+    if provider == "dense":
+        W = (U @ C @ V.T).detach().requires_grad_()
+        return lambda i: torch.autograd.grad(linear(x, W, b), (x, W), g)[0]
+    core = reference.core_linear if provider == "three products" else jk.core_linear
+    return lambda i: torch.autograd.grad(core(x, U, C, V, b), (x, C), g)[0]
 
 
-def covariance(case: Case, dtype: torch.dtype) -> dict[str, Callable[[], Tensor]]:
+def covariance(case: Case, dtype: torch.dtype) -> dict[str, Callable[[int], Tensor]]:
     """One update of a float32 covariance; the providers sum in float32."""
     X = made(case.T, case.n, scale=1, dtype=dtype)
     S = torch.zeros(case.n, case.n, device=DEVICE)
 
-    def upcast() -> Tensor:
+    def upcast(i: int) -> Tensor:
         wide = X.float()
         return S.addmm_(wide.T, wide)
 
-    providers = {"addmm_ of float32 copy": upcast, "jactus": lambda: jk.covariance_update_(S, X)}
+    providers = {"addmm_ of float32 copy": upcast, "jactus": lambda i: jk.covariance_update_(S, X)}
     if ON_GPU and dtype != torch.float32:
-        providers["mm out_dtype"] = lambda: S.add_(torch.mm(X.T, X, out_dtype=torch.float32))
+        providers["mm out_dtype"] = lambda i: S.add_(torch.mm(X.T, X, out_dtype=torch.float32))
     return providers

@@ -4,6 +4,8 @@ pytest bench/kernels                   # on a GPU: the layers of five models; on
 pytest bench/kernels -k "Llama and 2048"
 """
 
+import time
+
 import pytest
 import torch
 
@@ -12,7 +14,10 @@ import jactus_kernels as jk
 from . import cases
 
 EPS = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 2**-23}
-REPEATS = 10 if cases.ON_GPU else 1  # calls between two synchronisations
+ROUND = 5e-3  # seconds between two synchronisations, where one call takes less
+CALLS = 64  # at most, and at least as many as there are copies of the weights
+DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+MODES = ["eager", "graph"] if cases.ON_GPU else ["eager"]
 
 
 def label(value):
@@ -24,37 +29,64 @@ def synchronize():
         torch.cuda.synchronize()
 
 
-def captured(call):
-    """The call as the replay of a CUDA graph."""
+def calls_in_a_round(call, least):
+    """Enough to fill a round, if one call is that fast."""
+    for i in range(3):
+        call(i)
+    synchronize()
+    started = time.perf_counter()
+    call(0)
+    synchronize()
+    return max(least, min(CALLS, int(ROUND / (time.perf_counter() - started)), CALLS if cases.ON_GPU else 1), 1)
+
+
+def captured(calls):
+    """The calls as one CUDA graph, its replay as a function."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for _ in range(3):
-            call()
+        calls()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        call()
+        calls()
     return graph.replay
 
 
-def timed(benchmark, op, case, dtype, provider, call, mode):
+def timed(benchmark, op, case, dtype, provider, call, mode, copies=1):
+    """`call(i)` uses copy i of the weights: a round goes over all of them, as a model goes over its layers."""
+    count = calls_in_a_round(call, copies)
+
     def several():
-        for _ in range(REPEATS):
-            run()
+        for i in range(count):
+            call(i)
+
+    run = captured(several) if mode == "graph" else several
+
+    def waited():
+        run()
         synchronize()
 
-    run = captured(call) if mode == "graph" else call
     benchmark.extra_info.update(
         op=op, model=case.model, T=case.T, m=case.m, n=case.n, r=case.r, dtype=str(dtype).removeprefix("torch."),
-        provider=provider, mode=mode, repeats=REPEATS, torch=torch.__version__, seed=0,
+        provider=provider, mode=mode, repeats=count, torch=torch.__version__, seed=0,
         device=torch.cuda.get_device_name() if cases.ON_GPU else "CPU",
     )  # fmt: skip
-    benchmark.pedantic(several, rounds=20 if cases.ON_GPU else 3, warmup_rounds=3)
+    benchmark.pedantic(waited, rounds=15 if cases.ON_GPU else 3, warmup_rounds=2)
 
 
-MODES = ["eager", "graph"] if cases.ON_GPU else ["eager"]
-FORWARD = ["three products", "jactus", "dense", "two products", "jactus folded"]
+def error_of(found, right):
+    return ((found.double() - right.double()).norm() / right.double().norm()).item()
+
+
+def allowed(case, dtype):
+    """Three chained products here and there, each rounded once; and √k roundings at random of float32 sums of k terms."""
+    return 8 * EPS[dtype] + max(case.m, case.n) ** 0.5 * EPS[torch.float32]
+
+
+def skip_float32(case, dtype):
+    if dtype == torch.float32 and case.model not in cases.IN_FLOAT32:
+        pytest.skip(f"{case.model} is timed in bfloat16 only")
 
 
 @pytest.fixture(autouse=True)
@@ -65,44 +97,44 @@ def kernels_on_gpu():
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("provider", FORWARD)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("provider", ["three products", "jactus", "dense", "two products", "jactus folded"])
+@DTYPES
 @pytest.mark.parametrize("case", cases.cases(), ids=label)
 def test_forward(benchmark, case, dtype, provider, mode):
+    skip_float32(case, dtype)
+    if mode == "graph" and (case.T > 256 or dtype == torch.float32):
+        pytest.skip("launches take no time worth saving there")
     with torch.no_grad():
-        calls = cases.forward(case, dtype)
-        expected, ours = calls["three products"]().double(), calls[provider]().double()
-        error = ((ours - expected).norm() / expected.norm()).item()
-        # three chained products here and there, each rounded once
-        assert error < 8 * EPS[dtype]
+        call = cases.forward(case, dtype, provider)
+        error = error_of(call(0), cases.forward(case, dtype, "three products")(0))
+        assert error < allowed(case, dtype)
         benchmark.extra_info["error"] = error
-        timed(benchmark, "forward", case, dtype, provider, calls[provider], mode)
+        timed(benchmark, "forward", case, dtype, provider, call, mode, cases.copies(case, dtype))
 
 
 @pytest.mark.parametrize("provider", ["three products", "jactus", "dense"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", [case for case in cases.cases() if case.T >= 16], ids=label)
+@pytest.mark.parametrize("case", [case for case in cases.cases() if case.T >= 256 or not cases.ON_GPU], ids=label)
 def test_training(benchmark, case, dtype, provider):
-    calls = cases.training(case, dtype)
-    expected, ours = calls["three products"]().double(), calls[provider]().double()
-    error = ((ours - expected).norm() / expected.norm()).item()
-    assert error < 8 * EPS[dtype]
+    call = cases.training(case, dtype, provider)
+    error = error_of(call(0), cases.training(case, dtype, "three products")(0))
+    assert error < allowed(case, dtype)
     benchmark.extra_info["error"] = error
-    timed(benchmark, "training", case, dtype, provider, calls[provider], "eager")
+    timed(benchmark, "training", case, dtype, provider, call, "eager")
 
 
 @pytest.mark.parametrize("provider", ["addmm_ of float32 copy", "jactus", "mm out_dtype"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@DTYPES
 @pytest.mark.parametrize("case", cases.widths(), ids=label)
 def test_covariance(benchmark, case, dtype, provider):
     with torch.no_grad():
         calls = cases.covariance(case, dtype)
         if provider not in calls:
             pytest.skip("torch.mm(out_dtype=...) needs CUDA and 16-bit inputs")
-        S = calls[provider]().clone().tril()
+        S = calls[provider](0).clone().tril()
         X = cases.made(case.T, case.n, scale=1, dtype=dtype)
         expected = (X.double().T @ X.double()).tril()
-        error = ((S.double() - expected).norm() / expected.norm()).item()
+        error = error_of(S, expected)
         # T products are added in float32: √T roundings at random, with a factor of slack
         assert error < 4 * max(case.T, 16) ** 0.5 * EPS[torch.float32]
         benchmark.extra_info["error"] = error
