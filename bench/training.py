@@ -21,6 +21,7 @@ Batch = dict[str, Tensor]
 WARMUP = 0.06
 CLIP = 1.0
 POOLED_BATCHES = 16
+UNSEEN_STEPS = 16  # whose losses may still be on the device: asking for each would make a GPU wait for the host
 
 
 @dataclass(frozen=True)
@@ -180,6 +181,18 @@ def train(
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0, fused=True)
     schedule = get_linear_schedule_with_warmup(optimizer, round(WARMUP * steps), steps)
     losses: list[float] = []
+    unseen: list[Tensor] = []
+
+    def see() -> None:
+        for loss, norm in torch.stack(unseen).tolist() if unseen else ():
+            losses.append(loss)
+            if not math.isfinite(norm):  # clipping by it has silently turned every gradient into zero, or worse
+                raise JactusError(
+                    f"train: the gradient norm is {norm} at step {len(losses)} of {steps}; "
+                    f"lower lr (now {lr:g}) or check the model's weights for huge or non-finite values"
+                )
+        unseen.clear()
+
     started = time.perf_counter()
     model.train()
     with tqdm(total=steps, desc="train", disable=not progress) as bar:
@@ -189,17 +202,15 @@ def train(
                     loss = model(**_to(batch, device)).loss
                 loss.backward()
                 norm = nn.utils.clip_grad_norm_(parameters, CLIP)
-                if not norm.isfinite():  # clipping by it would silently turn every gradient into zero
-                    raise JactusError(
-                        f"train: the gradient norm is {norm.item()} at step {len(losses) + 1} of {steps}; "
-                        f"lower lr (now {lr:g}) or check the model's weights for huge or non-finite values"
-                    )
                 optimizer.step()
                 schedule.step()
                 optimizer.zero_grad()
-                losses.append(loss.item())
-                bar.set_postfix_str(f"loss {losses[-1]:.3f}", refresh=False)
+                unseen.append(torch.stack((loss.detach().float(), norm.detach().float())))
+                if len(unseen) == UNSEEN_STEPS:
+                    see()
+                    bar.set_postfix_str(f"loss {losses[-1]:.3f}", refresh=False)
                 bar.update()
+    see()
     model.eval()
     tail = losses[-max(1, steps // 10) :]
     return Trained(time.perf_counter() - started, steps, sum(tail) / len(tail))
@@ -226,7 +237,7 @@ def logits(model: nn.Module, encoded: Examples, batch_size: int = 64) -> Tensor:
     device = next(model.parameters()).device
     model.eval()
     cut = batches(encoded, batch_size)
-    found = torch.cat([model(**_to(batch, device)).logits.float().cpu() for batch in cut])
+    found = torch.cat([model(**_to(batch, device)).logits.float() for batch in cut]).cpu()
     return torch.empty_like(found).index_copy_(0, torch.tensor(list(chain.from_iterable(cut.order))), found)
 
 

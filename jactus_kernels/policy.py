@@ -1,11 +1,12 @@
-"""Which implementation runs for which shape: the roofline model's choice, corrected by measurements if there are any.
+"""Which implementation runs for which shape: the roofline model's choice, corrected by measurements.
 
-A measurement file (written by `make gpu`) holds, per shape, the microseconds of both implementations. A prediction is
-scaled by what the nearest measured shape of the same operator and dtype took against its own prediction, so a measured
-shape is decided by its measurement. No file is shipped until a GPU has made one.
+A measurement file (`measured/<device>.csv`, written by `make gpu`) holds, per shape, the microseconds of a call of both
+implementations: eagerly, when launching may take longer than computing, and as a part of a CUDA graph. A prediction is scaled by
+what the nearest measured shape of the same operator and dtype took against its own prediction, so a measured shape is decided
+by its measurement. A GPU without a file of its own takes that of its family, or else of whichever was measured.
 """
 
-import json
+import csv
 import math
 import os
 from dataclasses import dataclass
@@ -19,11 +20,15 @@ from . import settings
 from .device import find_family_of, resolve_precision
 from .errors import JactusError
 from .plan import Launch, Shape, torch_launches, triton_launches
-from .roofline import GPUS, find_gpu, floor, predict
+from .roofline import GPUS, Gpu, find_gpu, floor, predict
 
 OPERATORS = ("covariance_update", "core_linear", "core_linear_train", "core_linear_backward", "folded_linear")
 MARGIN = 0.95  # the kernel must be predicted this much faster: between equals, the vendor's library
 MEASURED = Path(__file__).parent / "measured"
+COLUMNS = ("op", "dtype", "mode", "T", "m", "n", "r", "triton_us", "torch_us")  # of a measurement file
+# A training step of a layer is measured whole: its forward, that keeps h, and its backward.
+PASSES = {"training": ("core_linear_train", "core_linear_backward")}
+MEASURED_AS = {op: whole for whole, ops in PASSES.items() for op in ops}
 
 
 @dataclass(frozen=True)
@@ -48,31 +53,42 @@ class Decision:
 
 
 def explain(
-    op: str, *, T: int, n: int, m: int = 0, r: int = 0, dtype: torch.dtype = torch.bfloat16, gpu: str | None = None
+    op: str,
+    *,
+    T: int,
+    n: int,
+    m: int = 0,
+    r: int = 0,
+    dtype: torch.dtype = torch.bfloat16,
+    gpu: str | None = None,
+    captured: bool = False,
 ) -> Decision:
     """Which backend `op` would run on for a shape, and why; print the result to read it.
 
     op: one of OPERATORS; T tokens, m outputs, n inputs, r rank; gpu: a name such as "H100", by default the current
-    CUDA device. The settings in force (JACTUS_BACKEND, `use`) are honoured.
+    CUDA device; captured: whether the call becomes a part of a CUDA graph, where launching costs the host nothing. The
+    settings in force (JACTUS_BACKEND, `use`) are honoured.
 
     Raises JactusError for an operator or a GPU that is not known.
     """
     op = op.removesuffix("_")  # as the function is called
     if op not in OPERATORS:
         raise JactusError(f"explain: no operator {op!r}; there are {', '.join(OPERATORS)}")
+    shape = Shape(T, n if op == "covariance_update" else m, n, r, dtype.itemsize)
     if gpu is not None:
         known = find_gpu(gpu)
         if known is None:
             raise JactusError(f"explain: no data sheet for {gpu!r}; there are {', '.join(g.name for g in GPUS)}")
-        return decide(op, Shape(T, m, n, r, dtype.itemsize), dtype, known.name, known.family, settings.current())
+        return decide(op, shape, dtype, known.name, known.family, settings.current(), captured)
     if not torch.cuda.is_available():
         return Decision(op, "torch", "there is no GPU here (pass gpu= to ask about one)")
-    return for_device(op, Shape(T, m, n, r, dtype.itemsize), dtype, torch.cuda.current_device())
+    return for_device(op, shape, dtype, torch.cuda.current_device())
 
 
 def for_device(op: str, shape: Shape, dtype: torch.dtype, index: int) -> Decision:
-    """`decide` for a CUDA device of this process."""
-    return decide(op, shape, dtype, _name(index), find_family_of(index), settings.current())
+    """`decide` for a CUDA device of this process, as it is called now."""
+    captured = torch.cuda.is_current_stream_capturing()
+    return decide(op, shape, dtype, _name(index), find_family_of(index), settings.current(), captured)
 
 
 @lru_cache(maxsize=64)
@@ -82,7 +98,13 @@ def _name(index: int) -> str:
 
 @lru_cache(maxsize=8192)
 def decide(
-    op: str, shape: Shape, dtype: torch.dtype, name: str, family: str | None, asked: settings.Settings
+    op: str,
+    shape: Shape,
+    dtype: torch.dtype,
+    name: str,
+    family: str | None,
+    asked: settings.Settings,
+    captured: bool = False,
 ) -> Decision:
     """The decision for one shape on a named device; cached, since it is asked on every call."""
     if asked.backend == "torch":
@@ -92,17 +114,13 @@ def decide(
         if asked.backend != "auto":
             raise JactusError(f"{op}: backend {asked.backend} was asked for, but {lacking}; use auto or torch")
         return Decision(op, "torch", lacking)
-    half = "half" if shape.itemsize == 2 else "fp32"
-    precision = resolve_precision(asked.fp32, family)
-    ours, theirs = (
-        tuple(triton_launches(op, shape, family, gpu.multiprocessors, library=asked.backend != "triton")),
-        torch_launches(op, shape),
-    )
-    torch_precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
-    triton_us, torch_us = predict(ours, gpu, half, precision), predict(theirs, gpu, half, torch_precision)
-    triton_scale, torch_scale, where = _corrections(op, shape, half, name)
+    kind = "half" if shape.itemsize == 2 else "fp32"
+    ours, theirs = _launches(op, shape, gpu, asked), torch_launches(op, shape)
+    triton_us, torch_us = _predicted(op, shape, gpu, kind, asked)
+    triton_scale, torch_scale, where = _corrections(op, shape, kind, gpu, name, asked, captured)
     triton_us, torch_us = triton_us * triton_scale, torch_us * torch_scale
-    least = min(floor(ours, gpu, half, precision), floor(theirs, gpu, half, torch_precision))
+    precision = resolve_precision(asked.fp32, family)
+    least = min(floor(ours, gpu, kind, precision), floor(theirs, gpu, kind, _torch_precision()))
     if asked.backend != "auto":
         backend, reason = "triton", "JACTUS_BACKEND or use(backend=...) says so"
     else:
@@ -119,32 +137,87 @@ def _lacking(dtype: torch.dtype, name: str, family: str | None) -> str:
     return "" if family else f"no kernel configuration was checked for {name}"
 
 
-def _corrections(op: str, shape: Shape, dtype: str, name: str) -> tuple[float, float, str]:
+def _launches(op: str, shape: Shape, gpu: Gpu, asked: settings.Settings) -> tuple[Launch, ...]:
+    library = asked.backend != "triton"
+    return tuple(triton_launches(op, shape, gpu.family, gpu.multiprocessors, library=library))
+
+
+def _torch_precision() -> str:
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def _predicted(op: str, shape: Shape, gpu: Gpu, kind: str, asked: settings.Settings) -> tuple[float, float]:
+    """Microseconds of the kernels and of torch, as the roofline model has them; for "training", of both its passes."""
+    precision = resolve_precision(asked.fp32, gpu.family)
+    ours, theirs = 0.0, 0.0
+    for part in PASSES.get(op, (op,)):
+        ours += predict(_launches(part, shape, gpu, asked), gpu, kind, precision)
+        theirs += predict(torch_launches(part, shape), gpu, kind, _torch_precision())
+    return ours, theirs
+
+
+def _corrections(
+    op: str, shape: Shape, kind: str, gpu: Gpu, name: str, asked: settings.Settings, captured: bool
+) -> tuple[float, float, str]:
     """Measured over predicted time of both backends at the nearest measured shape, and where the claim comes from."""
-    rows = [row for row in _measurements(name) if row["op"] == op and row["dtype"] == dtype]
-    if not rows:
+    file = _file(name, gpu.family)
+    found = _measurements(file) if file else {}
+    op = MEASURED_AS.get(op, op)
+    rows = found.get((op, kind, "graph")) if captured else None
+    rows = rows or found.get((op, kind, "eager"))
+    if file is None or not rows:
         return 1.0, 1.0, "the roofline model, not a measurement, predicts"
-
-    def distance(row: dict) -> float:
-        return sum(abs(math.log2((getattr(shape, key) + 1) / (row[key] + 1))) for key in ("T", "m", "n", "r"))
-
-    row = min(rows, key=distance)
-    exact = distance(row) == 0
+    wanted = _logarithms(shape)
+    near = min(rows, key=lambda row: sum(abs(a - b) for a, b in zip(row.logarithms, wanted)))
+    on = find_gpu(file.stem.upper()) or gpu
+    triton_us, torch_us = _predicted(op, near.shape, on, kind, asked)
+    exact = near.logarithms == wanted
     where = "measured here:" if exact else "the nearest measured shape corrects the prediction to"
-    return row["triton_us"] / row["triton_predicted_us"], row["torch_us"] / row["torch_predicted_us"], where
+    if on.name != gpu.name:
+        where = f"measurements of another GPU, {on.name}, correct the prediction to"
+    return near.triton_us / triton_us, near.torch_us / torch_us, where
+
+
+@dataclass(frozen=True)
+class _Measured:
+    shape: Shape
+    logarithms: tuple[float, ...]
+    triton_us: float
+    torch_us: float
+
+
+def _logarithms(shape: Shape) -> tuple[float, ...]:
+    return tuple(math.log2(size + 1) for size in (shape.T, shape.m, shape.n, shape.r))
+
+
+def _file(name: str, family: str) -> Path | None:
+    """The measurements to go by: JACTUS_POLICY's, the device's own, its family's, or another's."""
+    if path := os.environ.get("JACTUS_POLICY"):
+        return Path(path)
+    own, shipped = MEASURED / f"{slug(name)}.csv", sorted(MEASURED.glob("*.csv"))
+    kin = [path for path in shipped if (gpu := find_gpu(path.stem.upper())) and gpu.family == family]
+    return next(iter([*([own] if own in shipped else []), *kin, *shipped]), None)
 
 
 @lru_cache(maxsize=16)
-def _measurements(name: str) -> list[dict]:
-    path = Path(os.environ.get("JACTUS_POLICY") or MEASURED / f"{slug(name)}.json")
+def _measurements(path: Path) -> dict[tuple[str, str, str], list[_Measured]]:
+    """The rows of a file by operator, "half" or "fp32", and "eager" or "graph"."""
     if not path.exists():
-        return []
+        return {}
+    found: dict[tuple[str, str, str], list[_Measured]] = {}
     try:
-        return json.loads(path.read_text())["rows"]
-    except (ValueError, KeyError) as error:
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                T, m, n, r = (int(row[size]) for size in ("T", "m", "n", "r"))
+                shape = Shape(T, m, n, r, 4 if row["dtype"] == "fp32" else 2)
+                times = float(row["triton_us"]), float(row["torch_us"])
+                measured = _Measured(shape, _logarithms(shape), *times)
+                found.setdefault((row["op"], row["dtype"], row["mode"]), []).append(measured)
+    except (ValueError, KeyError, TypeError) as error:
         raise JactusError(
-            f"{path}: not a measurement file of `make gpu` ({error}); remove it or measure again"
+            f"{path}: not a measurement file of `make gpu` ({error!r}); remove it or measure again"
         ) from None
+    return found
 
 
 def slug(name: str) -> str:

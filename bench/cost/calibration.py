@@ -21,10 +21,11 @@ SETTINGS = tuple(
     for model, rows, length in (("minilm", 16, 64), ("vit-b", 4, 197))
     for dtype, threads in (("float32", 1), ("float32", 2), ("bfloat16", 2))
 )
-ON_GPU = tuple(
-    Setting(model, dtype, 1, rows, length)
-    for model, rows, length in (("vit-b", 64, 197), ("llama-7b", 4, 2048), ("minilm", 16, 64))
-    for dtype in ("bfloat16", "float32")
+ON_GPU = (
+    Setting("vit-b", "bfloat16", 1, 64, 197),
+    Setting("vit-b", "float32", 1, 64, 197),
+    Setting("llama-7b", "bfloat16", 1, 4, 2048),
+    Setting("minilm", "bfloat16", 1, 16, 64),
 )
 BATCHES = 2
 COVARIANCES = jactus.JactusConfig(union_share=0.0)

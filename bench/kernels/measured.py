@@ -1,7 +1,7 @@
-"""Turn a benchmark run into a table and into the file the policy reads: `python -m bench.kernels.measured RUN.json`.
+"""Turn benchmark runs into a table and into the file the policy reads: `python -m bench.kernels.measured RUN.json …`.
 
 Writes `bench/results/kernels-<device>.csv` (TFLOP/s, GB/s, share of the roofline floor) and
-`jactus_kernels/measured/<device>.json`. A run on CPU is printed and nothing is written: its times say nothing of a GPU.
+`jactus_kernels/measured/<device>.csv`. A run on CPU is printed and nothing is written: its times say nothing of a GPU.
 """
 
 import argparse
@@ -10,26 +10,29 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import jactus_kernels as jk
 from jactus_kernels.plan import Launch, Shape, torch_launches
-from jactus_kernels.policy import MEASURED, decide, slug
+from jactus_kernels.policy import COLUMNS as POLICY_COLUMNS
+from jactus_kernels.policy import MEASURED, slug
 from jactus_kernels.roofline import find_gpu, floor
 
 COLUMNS = ("device", "torch", "op", "model", "T", "m", "n", "r", "dtype", "mode", "provider", "us", "tflops", "gb_s",
            "of_roofline", "error")  # fmt: skip
-# what a provider computes, as the plan's operators name it
-WORK = {"forward": "core_linear", "covariance": "covariance_update"}
 FOLDED = ("two products", "jactus folded")
-BASELINES = {"core_linear": ("jactus", "three products"), "folded_linear": ("jactus folded", "two products"),
-             "covariance_update": ("jactus", "mm out_dtype", "addmm_ of float32 copy")}  # fmt: skip
+# For the policy: what was timed, the operators it decides, our provider and the ones it is compared with.
+DECIDED = (("forward", "core_linear", "jactus", ("three products",)),
+           ("forward", "folded_linear", "jactus folded", ("two products",)),
+           ("training", "training", "jactus", ("three products",)),
+           ("covariance", "covariance_update", "jactus", ("mm out_dtype", "addmm_ of float32 copy")))  # fmt: skip
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """One dictionary a benchmark: its extra_info and the median microseconds of one call."""
+    """One dictionary a benchmark: its extra_info, the median microseconds of one call, and those of the fastest round."""
+
+    def of_one_call(benchmark: dict[str, Any], which: str) -> float:
+        return benchmark["stats"][which] / benchmark["extra_info"]["repeats"] * 1e6
+
     found = json.loads(path.read_text())["benchmarks"]
-    return [b["extra_info"] | {"us": b["stats"]["median"] / b["extra_info"]["repeats"] * 1e6} for b in found]
+    return [b["extra_info"] | {"us": of_one_call(b, "median"), "least_us": of_one_call(b, "min")} for b in found]
 
 
 def work(row: dict[str, Any]) -> list[Launch]:
@@ -62,39 +65,29 @@ def table(rows: list[dict[str, Any]]) -> list[tuple]:
     return made
 
 
-def policy_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Kernel against the fastest torch provider for every eager forward and covariance, beside their predictions."""
-    by_case: dict[tuple, dict[str, float]] = {}
+def policy_rows(rows: list[dict[str, Any]]) -> list[tuple]:
+    """Kernel against the fastest torch provider for every shape that was timed, eagerly or captured.
+
+    The fastest round of each: what else the host did during a round is no reason to prefer the other.
+    """
+    times: dict[tuple, dict[str, float]] = {}
     for row in rows:
-        if row["mode"] == "eager" and row["op"] in WORK:
-            key = (row["op"], row["dtype"], row["T"], row["m"], row["n"], row["r"], row["device"])
-            by_case.setdefault(key, {})[row["provider"]] = row["us"]
+        dtype = "fp32" if row["dtype"] == "float32" else "half"
+        key = (row["op"], dtype, row["mode"], *(row[size] for size in ("T", "m", "n", "r")))
+        times.setdefault(key, {})[row["provider"]] = row["least_us"]
     made = []
-    for (op, dtype, T, m, n, r, device), times in by_case.items():
-        size = 4 if dtype == "float32" else 2
-        for name in (WORK[op], "folded_linear") if op == "forward" else (WORK[op],):
-            ours, *others = BASELINES[name]
-            theirs = [times[o] for o in others if o in times]
-            with jk.use(backend="fused"):
-                predicted = _prediction(name, Shape(T, m, n, r, size), dtype, device)
-            if ours not in times or not theirs or predicted is None or predicted.triton_us is None:
-                continue
-            made.append({"op": name, "dtype": "fp32" if size == 4 else "half", "T": T, "m": m, "n": n, "r": r,
-                         "triton_us": times[ours], "triton_predicted_us": predicted.triton_us,
-                         "torch_us": min(theirs), "torch_predicted_us": predicted.torch_us})  # fmt: skip
+    for timed, op, ours, theirs in DECIDED:
+        for (what, *shape), found in times.items():
+            if what == timed and ours in found and (others := [found[name] for name in theirs if name in found]):
+                made.append((op, *shape, round(found[ours], 2), round(min(others), 2)))
     return made
-
-
-def _prediction(op: str, shape: Shape, dtype: str, device: str):
-    gpu = find_gpu(device)
-    return decide(op, shape, getattr(torch, dtype), gpu.name, gpu.family, jk.settings.current()) if gpu else None
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path, help="the JSON of pytest --benchmark-json")
+    parser.add_argument("runs", type=Path, nargs="+", help="JSON of pytest --benchmark-json, all of one device")
     args = parser.parse_args()
-    rows = read(args.run)
+    rows = [row for run in args.runs for row in read(run)]
     made = table(rows)
     for line in [COLUMNS, *made]:
         print("  ".join(map(str, line)))
@@ -105,8 +98,8 @@ def main() -> None:
     with Path(f"bench/results/kernels-{slug(device)}.csv").open("w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([COLUMNS, *made])
     MEASURED.mkdir(exist_ok=True)
-    content = {"device": device, "torch": rows[0]["torch"], "rows": policy_rows(rows)}
-    (MEASURED / f"{slug(device)}.json").write_text(json.dumps(content, indent=1) + "\n")
+    with (MEASURED / f"{slug(device)}.csv").open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([POLICY_COLUMNS, *policy_rows(rows)])
 
 
 if __name__ == "__main__":

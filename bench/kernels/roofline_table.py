@@ -69,7 +69,7 @@ def main() -> None:
     args = parser.parse_args()
     table = list(rows(args.gpu, getattr(torch, args.dtype)))
     widths = [max(len(str(row[i])) for row in [COLUMNS, *table]) for i in range(len(COLUMNS))]
-    print(f"{args.gpu}, {args.dtype}: predictions of the roofline model, not measurements")
+    print(f"{args.gpu}, {args.dtype}: predictions: a roofline model, corrected by what was measured on an H100")
     for row in [COLUMNS, *table]:
         print("  ".join(str(value).rjust(width) for value, width in zip(row, widths)).rstrip())
     if args.out:

@@ -1,6 +1,5 @@
 """The policy and the settings: needs neither a GPU nor Triton's compiler."""
 
-import json
 import subprocess
 import sys
 
@@ -45,7 +44,16 @@ def test_no_prediction_beats_the_floor(op, gpu, dtype, T, r):
 def test_the_symmetric_update_wins_and_a_large_product_is_left_to_the_library():
     assert jk.explain("covariance_update", T=4096, n=4096, gpu="H100").backend == "triton"
     assert jk.explain("core_linear", T=2048, r=1344, **LAYER).backend == "torch"
-    assert jk.explain("core_linear", T=1, r=128, **LAYER).backend == "triton"
+    small = {"T": 1, "m": 768, "n": 768, "r": 96, "gpu": "H100"}
+    assert jk.explain("core_linear", captured=True, **small).backend == "triton"
+    assert jk.explain("core_linear", **small).backend == "torch"  # launching Triton's kernels takes the host longer
+
+
+def written(path, *rows):
+    path.write_text("\n".join(",".join(map(str, row)) for row in (policy.COLUMNS, *rows)))
+    policy.decide.cache_clear()
+    policy._measurements.cache_clear()
+    return str(path)
 
 
 def test_the_user_decides(monkeypatch):
@@ -72,15 +80,12 @@ def test_settings_are_restored_when_the_block_raises():
 
 def test_a_measurement_overrules_the_model(monkeypatch, tmp_path):
     shape = {"T": 2048, "r": 1344, **LAYER}
+    monkeypatch.setenv("JACTUS_POLICY", str(tmp_path / "none.csv"))
     before = jk.explain("core_linear", **shape)
-    row = {"op": "core_linear", "dtype": "half", "T": 2048, "m": 4096, "n": 4096, "r": 1344}
-    row |= {"triton_us": 30.0, "triton_predicted_us": before.triton_us}
-    row |= {"torch_us": 60.0, "torch_predicted_us": before.torch_us}
-    path = tmp_path / "h100.json"
-    path.write_text(json.dumps({"rows": [row]}))
-    policy.decide.cache_clear()
-    policy._measurements.cache_clear()
-    monkeypatch.setenv("JACTUS_POLICY", str(path))
+    size = (2048, 4096, 4096, 1344)
+    rows = ("core_linear", "half", "eager", *size, 30, 60), ("core_linear", "half", "graph", *size, 50, 40)
+    rows += (("training", "half", "eager", *size, 100, 300),)
+    monkeypatch.setenv("JACTUS_POLICY", written(tmp_path / "h100.csv", *rows))
     after = jk.explain("core_linear", **shape)
     assert before.backend == "torch"
     assert after.backend == "triton"
@@ -90,13 +95,29 @@ def test_a_measurement_overrules_the_model(monkeypatch, tmp_path):
     assert near.torch_us != before.torch_us
     assert "nearest measured" in near.reason
     assert "roofline" in jk.explain("folded_linear", **shape).reason
+    captured = jk.explain("core_linear", captured=True, **shape)
+    assert (captured.backend, captured.torch_us) == ("torch", pytest.approx(40))
+    # a training step is measured whole, so its two passes are corrected alike and add up to it
+    passes = [jk.explain(op, **shape) for op in ("core_linear_train", "core_linear_backward")]
+    assert sum(part.triton_us for part in passes) == pytest.approx(100)
+    assert sum(part.torch_us for part in passes) == pytest.approx(300)
+    other = jk.explain("core_linear", **{**shape, "gpu": "A100"})
+    assert "another GPU, H100" in other.reason
+    assert other.triton_us / other.torch_us == pytest.approx(after.triton_us / after.torch_us, rel=0.5)
+
+
+def test_what_was_measured_decides_and_other_gpus_of_the_family_go_by_it():
+    """The shipped measurements: an H200 has none of its own and takes the H100's."""
+    measured = {gpu: jk.explain("covariance_update", T=2048, n=4096, gpu=gpu) for gpu in ("H100", "H200")}
+    assert all(decision.backend == "triton" for decision in measured.values())
+    assert "another GPU, H100" in measured["H200"].reason
 
 
 def test_a_broken_measurement_file_says_so(monkeypatch, tmp_path):
-    path = tmp_path / "bad.json"
-    path.write_text("{}")
+    path = tmp_path / "bad.csv"
+    path.write_text("op,T\ncore_linear,many\n")
     monkeypatch.setenv("JACTUS_POLICY", str(path))
-    with pytest.raises(jk.JactusError, match=r"bad\.json.*measure again"):
+    with pytest.raises(jk.JactusError, match=r"bad\.csv.*measure again"):
         jk.explain("core_linear", T=3, r=16, **LAYER)
 
 
