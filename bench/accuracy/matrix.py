@@ -33,7 +33,7 @@ WHOLE = ("full", "lora", "dora", "pissa", "corda", "eva", "eigentune")
 
 def comparison() -> Iterator[Entry]:
     """JACTUS and its peers: first what the headline claims need, then the rest."""
-    for method, budget in (("jactus", 0.8), ("lora", 1.0), ("full", 1.0), ("dora", 1.0), ("jactus", 0.5)):
+    for method, budget in (("jactus", 0.8), ("lora", 1.0), ("full", 1.0), ("dora", 1.0), ("jactus", 0.5), (WIDER, 0.5)):
         for task in TEXT:
             yield entry(task, method, budget)
     for method in ("jactus", *COMPRESSED[:1], WIDER, *COMPRESSED[1:]):
