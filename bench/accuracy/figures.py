@@ -70,9 +70,10 @@ def tables(rows: list[Row]) -> str:
     spoken = summaries(rows, list(language()), LANGUAGES)
     if spoken:
         parts += ["### Perplexity, untrained → trained", _language_table(spoken)]
-    changed = summaries(rows, list(ablations()), TEXT)
-    if len(changed) > 1:
-        parts += ["### One setting changed at a time, 80%", _ablation_table(changed)]
+    for budget in dict.fromkeys(e.budget for e in ablations()):
+        changed = summaries(rows, [e for e in ablations() if e.budget == budget], TEXT)
+        if len(changed) > 1:
+            parts += [f"### One setting changed at a time, {budget:.0%}", _ablation_table(changed)]
     parts += ["### Learning rates tried: validation score with the first seed", _learning_rates(rows)]
     return "\n\n".join([*parts, *sorted({r.versions for r in rows})])
 
