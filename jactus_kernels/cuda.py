@@ -11,17 +11,20 @@ from . import policy, reference
 from .plan import Shape
 
 
-def uses_triton(op: str, x: Tensor, T: int, m: int, n: int, r: int) -> bool:
-    """What the policy says of an operator on x, whatever its leading dimensions, that hold T tokens."""
-    index = torch.cuda.current_device() if x.device.index is None else x.device.index
-    shape = Shape(T, m, n, r, x.element_size())
-    return policy.for_device(op, shape, x.dtype, index).backend == "triton"
+def uses_triton(op: str, device: torch.device, dtype: torch.dtype, shape: Shape) -> bool:
+    """What the policy says of an operator there."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return policy.for_device(op, shape, dtype, index).backend == "triton"
+
+
+def _uses_triton(op: str, x: Tensor, m: int, n: int, r: int) -> bool:
+    return uses_triton(op, x.device, x.dtype, Shape(x.shape[0], m, n, r, x.element_size()))
 
 
 def covariance_update_(S: Tensor, X: Tensor, mask: Tensor | None = None, alpha: float = 1.0) -> None:
     """S += α · Xᵀ diag(mask) X on the lower triangle of S; the strict upper triangle is left undefined."""
     n = X.shape[1]
-    if S.dtype == torch.float32 and S.is_contiguous() and uses_triton("covariance_update", X, X.shape[0], n, n, 0):
+    if S.dtype == torch.float32 and S.is_contiguous() and _uses_triton("covariance_update", X, n, n, 0):
         from .covariance import covariance_update_ as kernel
 
         return kernel(S, X, mask, alpha)
@@ -60,7 +63,7 @@ def folded_linear(x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None) -
 
 def _layers(op: str, x: Tensor, m: int, V: Tensor):
     n, r = V.shape
-    if not uses_triton(op, x, x.shape[0], m, n, r):
+    if not _uses_triton(op, x, m, n, r):
         return reference
     from . import layers
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import cpu, cuda, reference
 from .errors import JactusError
+from .plan import Shape
 
 
 @torch.library.custom_op("jactus::covariance_update", mutates_args={"S"})
@@ -159,19 +160,19 @@ def core_linear(x: Tensor, U: Tensor, C: Tensor, V: Tensor, bias: Tensor | None 
 
     Raises JactusError for shapes or dtypes that do not fit.
     """
-    x, U, C, V, bias = _autocast(x, U, C, V, bias)
     (m, p), (n, q) = U.shape, V.shape
     if x.shape[-1] != n or C.shape != (p, q) or (bias is not None and bias.shape != (m,)):
         raise JactusError(
             f"core_linear: x {tuple(x.shape)}, U {tuple(U.shape)}, C {tuple(C.shape)}, V {tuple(V.shape)}, bias "
             f"{None if bias is None else tuple(bias.shape)} do not fit; need x (..., n), U (m, p), C (p, q), V (n, q)"
         )
-    _same_dtype("core_linear", x, U, C, V, bias)
+    dtype = _working_dtype("core_linear", x, U, C, V, bias)
     trained_bases = torch.is_grad_enabled() and (U.requires_grad or V.requires_grad)
     trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, C, bias))
     passes = ("core_linear_train", "core_linear_backward") if trains else ("core_linear",)
-    if trained_bases or p != q or not _is_operator(passes, x, m, n, p):
+    if trained_bases or p != q or not _is_operator(passes, x, dtype, m, n, p):
         return reference.core_linear(x, U, C, V, bias)
+    x, U, C, V, bias = _cast(dtype, x, U, C, V, bias)
     flat = x.reshape(-1, n)
     y = _core_linear_train(flat, U, C, V, bias)[0] if trains else _core_linear(flat, U, C, V, bias)
     return y.reshape(*x.shape[:-1], m)
@@ -185,38 +186,41 @@ def folded_linear(x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None = 
 
     Raises JactusError for shapes or dtypes that do not fit.
     """
-    x, left, right, bias = _autocast(x, left, right, bias)
     (m, r), n = left.shape, right.shape[1]
     if x.shape[-1] != n or right.shape[0] != r or (bias is not None and bias.shape != (m,)):
         raise JactusError(
             f"folded_linear: x {tuple(x.shape)}, left {tuple(left.shape)}, right {tuple(right.shape)} do not fit; "
             "need x (..., n), left (m, r), right (r, n)"
         )
-    _same_dtype("folded_linear", x, left, right, bias)
+    dtype = _working_dtype("folded_linear", x, left, right, bias)
     tensors = (x, left, right, bias)
     trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    if trains or not _is_operator(("folded_linear",), x, m, n, r):
+    if trains or not _is_operator(("folded_linear",), x, dtype, m, n, r):
         return reference.folded_linear(x, left, right, bias)
+    x, left, right, bias = _cast(dtype, x, left, right, bias)
     return _folded_linear(x.reshape(-1, n), left, right, bias).reshape(*x.shape[:-1], m)
 
 
-def _is_operator(ops: tuple[str, ...], x: Tensor, m: int, n: int, r: int) -> bool:
-    """Whether one of these operators runs a kernel for x (..., n), or is being compiled, when the shape is not yet known."""
+def _is_operator(ops: tuple[str, ...], x: Tensor, dtype: torch.dtype, m: int, n: int, r: int) -> bool:
+    """Whether one of these operators runs a kernel for x (..., n) in a dtype, or is compiled, its shape not yet known."""
     if x.device.type != "cuda":
         return False
-    return torch.compiler.is_compiling() or any(cuda.uses_triton(op, x, x.numel() // n, m, n, r) for op in ops)
+    return torch.compiler.is_compiling() or any(
+        cuda.uses_triton(op, x.device, dtype, Shape(x.numel() // n, m, n, r, dtype.itemsize)) for op in ops
+    )
 
 
-def _autocast(x: Tensor, *others: Tensor | None) -> tuple:
-    """Cast as `torch.nn.functional.linear` would; in the wrapper, since an op can register one dtype only."""
+def _working_dtype(op: str, x: Tensor, *others: Tensor | None) -> torch.dtype:
+    """The dtype that `torch.nn.functional.linear` would compute in: autocast's, or the one that all tensors share."""
     device = x.device.type
-    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
-        return (x, *others)
-    dtype = torch.get_autocast_dtype(device)
-    return (x.to(dtype), *(None if t is None else t.to(dtype) for t in others))
-
-
-def _same_dtype(op: str, x: Tensor, *others: Tensor | None) -> None:
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
     if any(t is not None and t.dtype != x.dtype for t in others):
         dtypes = [x.dtype, *(t.dtype for t in others if t is not None)]
         raise JactusError(f"{op}: one dtype is needed, got {dtypes}; cast the layer or run under torch.autocast")
+    return x.dtype
+
+
+def _cast(dtype: torch.dtype, *tensors: Tensor | None) -> tuple:
+    """Before an operator, which registers one dtype only; plain products are cast by autocast itself, which is faster."""
+    return tuple(None if t is None else t.to(dtype) for t in tensors)

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from .errors import JactusError
 
@@ -42,7 +43,12 @@ def current() -> Settings:
     """The settings in force: those of the innermost `use`, else the environment's JACTUS_BACKEND and JACTUS_FP32."""
     if _current is not None:
         return _current
-    return Settings(os.environ.get("JACTUS_BACKEND", "auto"), os.environ.get("JACTUS_FP32", "auto"))
+    return _made(os.environ.get("JACTUS_BACKEND", "auto"), os.environ.get("JACTUS_FP32", "auto"))
+
+
+@lru_cache(maxsize=64)  # asked on every call of a layer on a GPU
+def _made(backend: str, fp32: str) -> Settings:
+    return Settings(backend, fp32)
 
 
 @contextmanager
