@@ -55,7 +55,7 @@ kernels-check: $(KERNELS)/.ready
 
 # Needs a GPU: values, then times, then the table from which the policy chooses.
 gpu: $(VENV)/.ready
-	$(PY) -m pytest tests/kernels
+	$(PY) -m pytest tests/kernels tests/test_gpu.py
 	$(PY) -m pytest bench/kernels --benchmark-json out/kernels-gpu.json
 	$(PY) -m bench.kernels.measured out/kernels-gpu.json
 
