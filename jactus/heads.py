@@ -19,14 +19,16 @@ def fit_head(
     batches: Iterable[Any],
     *,
     loss: Loss | None = None,
-    l2: float = 1e-4,
+    l2: float = 1e-3,
     iterations: int = 100,
     progress: bool = True,
 ) -> float:
     """Fit the task head alone, on the frozen features of the base model (a linear probe); returns the mean loss.
 
     The base model runs once per batch; its outputs are kept in memory and the head is fitted to them by full-batch
-    L-BFGS under the model's own loss (or `loss`), with a penalty of l2·‖weights‖² on the mean.
+    L-BFGS under the model's own loss (or `loss`), with a penalty of l2·‖weights‖² on the mean. A head that fits every row
+    leaves small, noisy gradients to calibrate on and to train with: on 3,000 rows of 20 classes a tenth of the default
+    cost 3 points of test accuracy before training and 1.5 after it (docs/accuracy.md).
 
     Raises JactusError when the model has no head outside its base model, or a batch has no loss.
     """
