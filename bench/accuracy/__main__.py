@@ -39,6 +39,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no cell after so long")
     parser.add_argument("--out", type=Path, default=Path("docs/pictures/accuracy.png"), help="of plot")
     args = parser.parse_args()
+    if args.do == "run" and args.device != "cpu" and args.results == RESULTS:
+        parser.error(f"--device {args.device}: name a --results file of its own; {RESULTS} is the CPU's")
     entries = [e for stage in args.stage or STAGES for e in STAGES[stage]()]
     entries = [e for e in entries if re.search(args.only, f"{e.task} {e.method} {e.budget}")]
     if args.do == "table":
