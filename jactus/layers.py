@@ -162,7 +162,7 @@ class FoldedLinear(LowRankLinear):
 
 
 def in_dtype_of(input: Tensor, *tensors: Tensor | None) -> tuple:
-    """The tensors in the input's dtype; as they are under autocast, where the operator casts each once."""
+    """The tensors in the input's dtype; as they are under autocast, which casts them itself."""
     if torch.is_autocast_enabled(input.device.type):
         return tensors
     dtype = input.dtype

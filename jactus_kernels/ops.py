@@ -7,6 +7,7 @@ Each op's default implementation is the reference; a device's own is registered 
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from . import cpu, cuda, reference
 from .errors import JactusError
@@ -153,10 +154,11 @@ def covariance_update_(S: Tensor, X: Tensor, mask: Tensor | None = None, alpha: 
 def core_linear(x: Tensor, U: Tensor, C: Tensor, V: Tensor, bias: Tensor | None = None) -> Tensor:
     """y = x (U C Vᵀ)ᵀ + b, never forming the m×n weight, in the forward or in the backward.
 
-    x: (..., n); U: (m, p); C: (p, q); V: (n, q); bias: (m,) or None; y: (..., m). Under autocast all are cast to its
-    dtype; otherwise all must share one. Gradients flow to x, C and bias through a backward that keeps only h = x V. On a GPU
-    it is fused where the core is square, p = q; elsewhere it is plain autograd, which for frozen U and V keeps as little and
-    multiplies as little, and spares a call the dispatch of an operator. If U or V require grad, plain autograd keeps more.
+    x: (..., n); U: (m, p); C: (p, q); V: (n, q); bias: (m,) or None; y: (..., m). Under autocast the products are made in
+    its dtype, as `torch.nn.functional.linear` makes them; otherwise all must share one. Gradients flow to x, C and bias through
+    a backward that keeps only h = x V. On a GPU, where the policy expects a kernel to be faster and the core is square, p = q,
+    it is an operator; elsewhere it is plain autograd, which for frozen U and V keeps as little and multiplies as little, and
+    spares a call the dispatch of an operator. If U or V require grad, plain autograd keeps more.
 
     Raises JactusError for shapes or dtypes that do not fit.
     """
@@ -182,7 +184,7 @@ def folded_linear(x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None = 
     """y = x (left right)ᵀ + b, the deployed two-factor layer.
 
     x: (..., n); left: (m, r); right: (r, n); bias: (m,) or None; y: (..., m). Dtypes as `core_linear`.
-    Where a gradient is wanted, and elsewhere than on a GPU, this is plain PyTorch: the result is the same.
+    Where a gradient is wanted, and where no kernel is expected to be faster, this is plain PyTorch.
 
     Raises JactusError for shapes or dtypes that do not fit.
     """
@@ -202,18 +204,21 @@ def folded_linear(x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None = 
 
 
 def _is_operator(ops: tuple[str, ...], x: Tensor, dtype: torch.dtype, m: int, n: int, r: int) -> bool:
-    """Whether one of these operators runs a kernel for x (..., n) in a dtype, or is compiled, its shape not yet known."""
+    """Whether one of these operators runs a kernel for x (..., n) in a dtype, or is traced, when its shape is not yet known."""
     if x.device.type != "cuda":
         return False
-    return torch.compiler.is_compiling() or any(
-        cuda.uses_triton(op, x.device, dtype, Shape(x.numel() // n, m, n, r, dtype.itemsize)) for op in ops
+    return (
+        torch.compiler.is_compiling()
+        or isinstance(x, FakeTensor)
+        or any(cuda.uses_triton(op, x.device, dtype, Shape(x.numel() // n, m, n, r, dtype.itemsize)) for op in ops)
     )
 
 
 def _working_dtype(op: str, x: Tensor, *others: Tensor | None) -> torch.dtype:
     """The dtype that `torch.nn.functional.linear` would compute in: autocast's, or the one that all tensors share."""
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+    wide = [t.dtype == torch.float64 for t in (x, *others) if t is not None]  # which autocast leaves as they are
+    if torch.is_autocast_enabled(device) and not any(wide):
         return torch.get_autocast_dtype(device)
     if any(t is not None and t.dtype != x.dtype for t in others):
         dtypes = [x.dtype, *(t.dtype for t in others if t is not None)]

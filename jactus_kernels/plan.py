@@ -12,6 +12,7 @@ DECODE_RANK = {2: 256, 4: 128}
 DECODE_TOKENS = 16
 PAIR_TOKENS = 32768  # from the roofline model: below, storing q costs less than one r × r sum a block
 FULL = 1 << 20  # blocks enough for any device
+LIBRARY = "cuBLAS"  # the launch that is a plain product, made by the vendor's library
 
 
 def fits_chain(r: int, itemsize: int) -> bool:
@@ -74,14 +75,14 @@ def torch_launches(op: str, s: Shape) -> list[Launch]:
     if op == "covariance_update":
         # the product at the input's speed into a float32 temporary (torch.mm with out_dtype), then its addition to S
         whole = 4 * n * n
-        return [_product("cuBLAS", s, n, n, T), Launch("torch", 0.0, 3 * whole, FULL)]
+        return [_product(LIBRARY, s, n, n, T), Launch("torch", 0.0, 3 * whole, FULL)]
     products = {
         "core_linear": [inner, core, outer],
         "core_linear_train": [inner, core, outer],
         "core_linear_backward": [(T, r, m), (T, r, r), (T, n, r), (r, r, T)],
         "folded_linear": [inner, outer],
     }[op]
-    return [_product("cuBLAS", s, *p) for p in products]
+    return [_product(LIBRARY, s, *p) for p in products]
 
 
 def triton_launches(op: str, s: Shape, family: str, multiprocessors: int, library: bool) -> list[Launch]:
@@ -90,7 +91,7 @@ def triton_launches(op: str, s: Shape, family: str, multiprocessors: int, librar
 
     def matmul(rows: int, cols: int, k: int) -> Launch:
         if library:
-            return _product("cuBLAS", s, rows, cols, k)
+            return _product(LIBRARY, s, rows, cols, k)
         return _product("matmul", s, rows, cols, k, find_tile("matmul", family, size))
 
     if op == "covariance_update":
@@ -122,7 +123,7 @@ def triton_launches(op: str, s: Shape, family: str, multiprocessors: int, librar
     else:
         made = [matmul(T, r, k), matmul(T, width, r)] + ([] if op == "folded_linear" else [matmul(T, out, r)])
     if backward and library:
-        made.append(_product("cuBLAS", s, r, r, T))
+        made.append(_product(LIBRARY, s, r, r, T))
     elif backward:
         tile = find_tile("gram", family, size)
         tiles = (-(-r // tile.rows)) ** 2

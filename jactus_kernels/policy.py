@@ -1,15 +1,15 @@
 """Which implementation runs for which shape: the roofline model's choice, corrected by measurements.
 
-A measurement file (`measured/<device>.csv`, written by `make gpu`) holds, per shape, the microseconds of a call of both
-implementations: eagerly, when launching may take longer than computing, and as a part of a CUDA graph. A prediction is scaled by
-what the nearest measured shape of the same operator and dtype took against its own prediction, so a measured shape is decided
-by its measurement. A GPU without a file of its own takes that of its family, or else of whichever was measured.
+A measurement file (`measured/<device>.csv`, written by `make gpu`) holds, per shape, the microseconds of an eager call of both
+implementations, launching included. A prediction is scaled by what the nearest measured shape of the same operator took against
+its own prediction, so a measured shape is decided by its measurement. A GPU without a file of its own takes that of its family,
+or else of whichever was measured. JACTUS_POLICY names another file, or is "none".
 """
 
 import csv
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,16 +19,18 @@ import torch
 from . import settings
 from .device import find_family_of, resolve_precision
 from .errors import JactusError
-from .plan import Launch, Shape, torch_launches, triton_launches
+from .plan import LIBRARY, Launch, Shape, torch_launches, triton_launches
 from .roofline import GPUS, Gpu, find_gpu, floor, predict
 
 OPERATORS = ("covariance_update", "core_linear", "core_linear_train", "core_linear_backward", "folded_linear")
 MARGIN = 0.95  # the kernel must be predicted this much faster: between equals, the vendor's library
 MEASURED = Path(__file__).parent / "measured"
-COLUMNS = ("op", "dtype", "mode", "T", "m", "n", "r", "triton_us", "torch_us")  # of a measurement file
+COLUMNS = ("op", "dtype", "T", "m", "n", "r", "triton_us", "torch_us")  # of a measurement file
 # A training step of a layer is measured whole: its forward, that keeps h, and its backward.
 PASSES = {"training": ("core_linear_train", "core_linear_backward")}
 MEASURED_AS = {op: whole for whole, ops in PASSES.items() for op in ops}
+EXACT_TOKENS = 64  # above it, numbers of tokens are decided alike within an eighth of a power of two
+AS_MEASURED = settings.Settings("fused", "auto")  # with plain float32 products in torch
 
 
 @dataclass(frozen=True)
@@ -61,13 +63,11 @@ def explain(
     r: int = 0,
     dtype: torch.dtype = torch.bfloat16,
     gpu: str | None = None,
-    captured: bool = False,
 ) -> Decision:
     """Which backend `op` would run on for a shape, and why; print the result to read it.
 
     op: one of OPERATORS; T tokens, m outputs, n inputs, r rank; gpu: a name such as "H100", by default the current
-    CUDA device; captured: whether the call becomes a part of a CUDA graph, where launching costs the host nothing. The
-    settings in force (JACTUS_BACKEND, `use`) are honoured.
+    CUDA device. The settings in force (JACTUS_BACKEND, `use`, torch's own of TF32) are honoured.
 
     Raises JactusError for an operator or a GPU that is not known.
     """
@@ -79,16 +79,23 @@ def explain(
         known = find_gpu(gpu)
         if known is None:
             raise JactusError(f"explain: no data sheet for {gpu!r}; there are {', '.join(g.name for g in GPUS)}")
-        return decide(op, shape, dtype, known.name, known.family, settings.current(), captured)
+        return decide(op, shape, dtype, known.name, known.family, settings.current())
     if not torch.cuda.is_available():
         return Decision(op, "torch", "there is no GPU here (pass gpu= to ask about one)")
     return for_device(op, shape, dtype, torch.cuda.current_device())
 
 
 def for_device(op: str, shape: Shape, dtype: torch.dtype, index: int) -> Decision:
-    """`decide` for a CUDA device of this process, as it is called now."""
-    captured = torch.cuda.is_current_stream_capturing()
-    return decide(op, shape, dtype, _name(index), find_family_of(index), settings.current(), captured)
+    """`decide` for a CUDA device of this process; asked on every call, so lengths that differ little are decided alike."""
+    return decide(op, _coarse(shape), dtype, _name(index), find_family_of(index), settings.current())
+
+
+def _coarse(shape: Shape) -> Shape:
+    """T cut to its four leading bits: batches of ragged texts would otherwise be decided anew each."""
+    if shape.T <= EXACT_TOKENS:
+        return shape
+    cut = shape.T.bit_length() - 4
+    return replace(shape, T=shape.T >> cut << cut)
 
 
 @lru_cache(maxsize=64)
@@ -96,17 +103,25 @@ def _name(index: int) -> str:
     return torch.cuda.get_device_name(index)
 
 
-@lru_cache(maxsize=8192)
 def decide(
+    op: str, shape: Shape, dtype: torch.dtype, name: str, family: str | None, asked: settings.Settings
+) -> Decision:
+    """The decision for one shape on a named device, under these settings, torch's and the environment's."""
+    tf32 = dtype == torch.float32 and _torch_uses_tf32()
+    return _decide(op, shape, dtype, name, family, asked, "tf32" if tf32 else "ieee", os.environ.get("JACTUS_POLICY"))
+
+
+@lru_cache(maxsize=1 << 16)
+def _decide(
     op: str,
     shape: Shape,
     dtype: torch.dtype,
     name: str,
     family: str | None,
     asked: settings.Settings,
-    captured: bool = False,
+    torch_precision: str,
+    file: str | None,
 ) -> Decision:
-    """The decision for one shape on a named device; cached, since it is asked on every call."""
     if asked.backend == "torch":
         return Decision(op, "torch", "JACTUS_BACKEND or use(backend=...) says so")
     gpu, lacking = find_gpu(name, family), _lacking(dtype, name, family)
@@ -114,15 +129,16 @@ def decide(
         if asked.backend != "auto":
             raise JactusError(f"{op}: backend {asked.backend} was asked for, but {lacking}; use auto or torch")
         return Decision(op, "torch", lacking)
-    kind = "half" if shape.itemsize == 2 else "fp32"
     ours, theirs = _launches(op, shape, gpu, asked), torch_launches(op, shape)
-    triton_us, torch_us = _predicted(op, shape, gpu, kind, asked)
-    triton_scale, torch_scale, where = _corrections(op, shape, kind, gpu, name, asked, captured)
-    triton_us, torch_us = triton_us * triton_scale, torch_us * torch_scale
-    precision = resolve_precision(asked.fp32, family)
-    least = min(floor(ours, gpu, kind, precision), floor(theirs, gpu, kind, _torch_precision()))
+    predicted = _predicted(op, shape, gpu, asked, torch_precision)
+    scales, where = _corrections(op, shape, gpu, _file(file, name, family))
+    triton_us, torch_us = (us * scale for us, scale in zip(predicted, scales))
+    kind, precision = _kind(shape), resolve_precision(asked.fp32, family)
+    least = min(floor(ours, gpu, kind, precision), floor(theirs, gpu, kind, torch_precision))
     if asked.backend != "auto":
         backend, reason = "triton", "JACTUS_BACKEND or use(backend=...) says so"
+    elif all(launch.kernel == LIBRARY for launch in ours):
+        backend, reason = "torch", "at this shape no kernel fuses anything"
     else:
         backend = "triton" if triton_us < MARGIN * torch_us else "torch"
         reason = f"{where} {torch_us / triton_us:.2f} times the speed of torch for the kernels"
@@ -142,40 +158,42 @@ def _launches(op: str, shape: Shape, gpu: Gpu, asked: settings.Settings) -> tupl
     return tuple(triton_launches(op, shape, gpu.family, gpu.multiprocessors, library=library))
 
 
-def _torch_precision() -> str:
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+def _torch_uses_tf32() -> bool:
+    matmul = torch.backends.cuda.matmul
+    # torch 2.9 has one setting in place of another, and raises where both were used
+    return matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
 
 
-def _predicted(op: str, shape: Shape, gpu: Gpu, kind: str, asked: settings.Settings) -> tuple[float, float]:
+def _kind(shape: Shape) -> str:
+    return "half" if shape.itemsize == 2 else "fp32"
+
+
+def _predicted(op: str, shape: Shape, gpu: Gpu, asked: settings.Settings, torch_precision: str) -> tuple[float, float]:
     """Microseconds of the kernels and of torch, as the roofline model has them; for "training", of both its passes."""
-    precision = resolve_precision(asked.fp32, gpu.family)
-    ours, theirs = 0.0, 0.0
+    precision, ours, theirs = resolve_precision(asked.fp32, gpu.family), 0.0, 0.0
     for part in PASSES.get(op, (op,)):
-        ours += predict(_launches(part, shape, gpu, asked), gpu, kind, precision)
-        theirs += predict(torch_launches(part, shape), gpu, kind, _torch_precision())
+        ours += predict(_launches(part, shape, gpu, asked), gpu, _kind(shape), precision, torch_precision)
+        theirs += predict(torch_launches(part, shape), gpu, _kind(shape), precision, torch_precision)
     return ours, theirs
 
 
-def _corrections(
-    op: str, shape: Shape, kind: str, gpu: Gpu, name: str, asked: settings.Settings, captured: bool
-) -> tuple[float, float, str]:
+def _corrections(op: str, shape: Shape, gpu: Gpu, file: Path | None) -> tuple[tuple[float, float], str]:
     """Measured over predicted time of both backends at the nearest measured shape, and where the claim comes from."""
-    file = _file(name, gpu.family)
     found = _measurements(file) if file else {}
     op = MEASURED_AS.get(op, op)
-    rows = found.get((op, kind, "graph")) if captured else None
-    rows = rows or found.get((op, kind, "eager"))
+    kind, other = ("half", "fp32") if shape.itemsize == 2 else ("fp32", "half")
+    rows = found.get((op, kind)) or found.get((op, other))
     if file is None or not rows:
-        return 1.0, 1.0, "the roofline model, not a measurement, predicts"
+        return (1.0, 1.0), "the roofline model, not a measurement, predicts"
     wanted = _logarithms(shape)
     near = min(rows, key=lambda row: sum(abs(a - b) for a, b in zip(row.logarithms, wanted)))
     on = find_gpu(file.stem.upper()) or gpu
-    triton_us, torch_us = _predicted(op, near.shape, on, kind, asked)
-    exact = near.logarithms == wanted
+    triton_us, torch_us = _predicted(op, near.shape, on, AS_MEASURED, "ieee")
+    exact = near.logarithms == wanted and near.shape.itemsize == shape.itemsize
     where = "measured here:" if exact else "the nearest measured shape corrects the prediction to"
     if on.name != gpu.name:
         where = f"measurements of another GPU, {on.name}, correct the prediction to"
-    return near.triton_us / triton_us, near.torch_us / torch_us, where
+    return (near.triton_us / triton_us, near.torch_us / torch_us), where
 
 
 @dataclass(frozen=True)
@@ -190,32 +208,34 @@ def _logarithms(shape: Shape) -> tuple[float, ...]:
     return tuple(math.log2(size + 1) for size in (shape.T, shape.m, shape.n, shape.r))
 
 
-def _file(name: str, family: str) -> Path | None:
-    """The measurements to go by: JACTUS_POLICY's, the device's own, its family's, or another's."""
-    if path := os.environ.get("JACTUS_POLICY"):
-        return Path(path)
-    own, shipped = MEASURED / f"{slug(name)}.csv", sorted(MEASURED.glob("*.csv"))
+@lru_cache(maxsize=64)
+def _file(asked: str | None, name: str, family: str) -> Path | None:
+    """The measurements to go by: those asked for, the device's own, its family's, or another's."""
+    if asked:
+        return None if asked == "none" else Path(asked)
+    shipped = sorted(MEASURED.glob("*.csv"))
+    own = [path for path in shipped if path.stem == slug(name)]
     kin = [path for path in shipped if (gpu := find_gpu(path.stem.upper())) and gpu.family == family]
-    return next(iter([*([own] if own in shipped else []), *kin, *shipped]), None)
+    return next(iter([*own, *kin, *shipped]), None)
 
 
 @lru_cache(maxsize=16)
-def _measurements(path: Path) -> dict[tuple[str, str, str], list[_Measured]]:
-    """The rows of a file by operator, "half" or "fp32", and "eager" or "graph"."""
-    if not path.exists():
-        return {}
-    found: dict[tuple[str, str, str], list[_Measured]] = {}
+def _measurements(path: Path) -> dict[tuple[str, str], list[_Measured]]:
+    """The rows of a file by operator, and "half" or "fp32"."""
+    found: dict[tuple[str, str], list[_Measured]] = {}
     try:
         with path.open(newline="") as file:
             for row in csv.DictReader(file):
                 T, m, n, r = (int(row[size]) for size in ("T", "m", "n", "r"))
                 shape = Shape(T, m, n, r, 4 if row["dtype"] == "fp32" else 2)
                 times = float(row["triton_us"]), float(row["torch_us"])
-                measured = _Measured(shape, _logarithms(shape), *times)
-                found.setdefault((row["op"], row["dtype"], row["mode"]), []).append(measured)
-    except (ValueError, KeyError, TypeError) as error:
+                if min(times) <= 0:
+                    raise ValueError(f"a time of {min(times)}")
+                found.setdefault((row["op"], row["dtype"]), []).append(_Measured(shape, _logarithms(shape), *times))
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
         raise JactusError(
-            f"{path}: not a measurement file of `make gpu` ({error!r}); remove it or measure again"
+            f"{path}: not a measurement file of `make gpu` ({error!r}); name another in JACTUS_POLICY, or none, or "
+            "measure again"
         ) from None
     return found
 

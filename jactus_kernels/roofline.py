@@ -7,7 +7,7 @@ hold until a measurement corrects them (see `policy`). Nothing here is a measure
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .plan import Launch
+from .plan import LIBRARY, Launch
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,14 @@ def products_per_second(gpu: Gpu, dtype: str, precision: str) -> float:
     return {"ieee": gpu.fp32, "tf32": gpu.tf32, "tf32x3": gpu.tf32 / 3}[precision] * 1e12
 
 
-def predict(launches: Sequence[Launch], gpu: Gpu, dtype: str, precision: str) -> float:
-    """Microseconds for the launches one after another, each at the share of the peaks assumed of its origin."""
-    peak, total = products_per_second(gpu, dtype, precision), 0.0
+def predict(launches: Sequence[Launch], gpu: Gpu, dtype: str, precision: str, library_precision: str = "ieee") -> float:
+    """Microseconds for the launches one after another, each at the share of the peaks assumed of its origin, and in the
+    precision of float32 products that the kernels, or the library, make."""
+    total = 0.0
     for launch in launches:
-        reached = CUBLAS_SHARE if launch.kernel in ("cuBLAS", "torch") else TRITON_SHARE
+        library = launch.kernel in (LIBRARY, "torch")
+        peak = products_per_second(gpu, dtype, library_precision if library else precision)
+        reached = CUBLAS_SHARE if library else TRITON_SHARE
         filled = min(1.0, max(1, launch.blocks) / gpu.multiprocessors)
         arithmetic = launch.flops / (peak * reached)
         traffic = launch.bytes / (gpu.bandwidth * 1e9 * BANDWIDTH_SHARE)

@@ -55,6 +55,8 @@ def _made(backend: str, fp32: str) -> Settings:
 def use(backend: str | None = None, fp32: str | None = None) -> Iterator[Settings]:
     """Override the backend or the float32 precision within a `with` block, for the whole process.
 
+    What is recomputed in a backward (gradient checkpointing) takes the route in force then: let the block enclose it.
+
     Raises JactusError for a name that is not known.
     """
     global _current

@@ -106,9 +106,9 @@ def test_saved_on_the_gpu_and_loaded_on_the_cpu(backend, tmp_path):
             assert relative(model(**on_gpu(batch)).logits, loaded(**batch).logits) < 1e-4
 
 
-def test_the_model_compiles_and_is_captured():
+def test_the_model_compiles():
     _, _, model = made(BERT, EVERY, "cuda")
     batch = on_gpu(BERT.batch(seed=9))
     with torch.no_grad():
         right = model(**batch).logits
-        assert relative(torch.compile(model, fullgraph=False)(**batch).logits, right) < 1e-4
+        assert relative(torch.compile(model)(**batch).logits, right) < 1e-4

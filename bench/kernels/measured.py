@@ -66,14 +66,14 @@ def table(rows: list[dict[str, Any]]) -> list[tuple]:
 
 
 def policy_rows(rows: list[dict[str, Any]]) -> list[tuple]:
-    """Kernel against the fastest torch provider for every shape that was timed, eagerly or captured.
+    """Kernel against the fastest torch provider for every shape that was timed eagerly.
 
     The fastest round of each: what else the host did during a round is no reason to prefer the other.
     """
     times: dict[tuple, dict[str, float]] = {}
-    for row in rows:
+    for row in (row for row in rows if row["mode"] == "eager"):
         dtype = "fp32" if row["dtype"] == "float32" else "half"
-        key = (row["op"], dtype, row["mode"], *(row[size] for size in ("T", "m", "n", "r")))
+        key = (row["op"], dtype, *(row[size] for size in ("T", "m", "n", "r")))
         times.setdefault(key, {})[row["provider"]] = row["least_us"]
     made = []
     for timed, op, ours, theirs in DECIDED:

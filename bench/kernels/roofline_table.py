@@ -2,12 +2,13 @@
 
     python -m bench.kernels.roofline_table [--gpu A100] [--dtype float32] [--out FILE.csv]
 
-Predictions only: data-sheet peaks and the shares assumed in `jactus_kernels.roofline`, or a measurement file's
-corrections where there is one.
+Predictions only: data-sheet peaks and the shares assumed in `jactus_kernels.roofline`. What the policy makes of them and of
+measurements, `jactus_kernels.explain` says.
 """
 
 import argparse
 import csv
+import os
 from pathlib import Path
 
 import torch
@@ -67,9 +68,10 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"], help="input dtype")
     parser.add_argument("--out", type=Path, help="also write the table as CSV")
     args = parser.parse_args()
+    os.environ["JACTUS_POLICY"] = "none"  # no corrections
     table = list(rows(args.gpu, getattr(torch, args.dtype)))
     widths = [max(len(str(row[i])) for row in [COLUMNS, *table]) for i in range(len(COLUMNS))]
-    print(f"{args.gpu}, {args.dtype}: predictions: a roofline model, corrected by what was measured on an H100")
+    print(f"{args.gpu}, {args.dtype}: predictions of the roofline model, not measurements")
     for row in [COLUMNS, *table]:
         print("  ".join(str(value).rjust(width) for value, width in zip(row, widths)).rstrip())
     if args.out:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import jactus_kernels as jk
 from jactus_kernels import cpu, ops, reference
@@ -236,3 +237,16 @@ def test_plain_autograd_keeps_no_more_than_the_operator():
         jk.core_linear(x, U, C, V, b)
     own = {t.data_ptr() for t in (U, C, V)}
     assert [tuple(t.shape) for t in kept if t.data_ptr() not in own] == [(9, 3)]  # h, and no other activation
+
+
+def test_fake_tensors_of_a_gpu_have_the_right_shape_where_there_is_none():
+    with FakeTensorMode():
+        x, U, C, V, b = (torch.empty(*shape, device="cuda") for shape in ((5, 7), (6, 4), (4, 4), (7, 4), (6,)))
+        y, z = jk.core_linear(x, U, C, V, b), jk.folded_linear(x, U, V.T, b)
+    assert (y.shape, y.device.type) == (z.shape, z.device.type) == ((5, 6), "cuda")
+
+
+def test_float64_factors_under_autocast_are_refused_by_name():
+    x, U, C, V, b = factors(5, 6, 7, 4)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(jk.JactusError, match=r"one dtype.*float64"):
+        jk.core_linear(x.float(), U, C, V, b)

@@ -18,7 +18,7 @@ def fresh(monkeypatch):
     for name in ("JACTUS_BACKEND", "JACTUS_FP32", "JACTUS_POLICY"):
         monkeypatch.delenv(name, raising=False)
     yield
-    policy.decide.cache_clear()
+    policy._decide.cache_clear()
     policy._measurements.cache_clear()
 
 
@@ -45,13 +45,12 @@ def test_the_symmetric_update_wins_and_a_large_product_is_left_to_the_library():
     assert jk.explain("covariance_update", T=4096, n=4096, gpu="H100").backend == "triton"
     assert jk.explain("core_linear", T=2048, r=1344, **LAYER).backend == "torch"
     small = {"T": 1, "m": 768, "n": 768, "r": 96, "gpu": "H100"}
-    assert jk.explain("core_linear", captured=True, **small).backend == "triton"
     assert jk.explain("core_linear", **small).backend == "torch"  # launching Triton's kernels takes the host longer
 
 
 def written(path, *rows):
     path.write_text("\n".join(",".join(map(str, row)) for row in (policy.COLUMNS, *rows)))
-    policy.decide.cache_clear()
+    policy._decide.cache_clear()
     policy._measurements.cache_clear()
     return str(path)
 
@@ -79,15 +78,13 @@ def test_settings_are_restored_when_the_block_raises():
 
 
 def test_a_measurement_overrules_the_model(monkeypatch, tmp_path):
-    shape = {"T": 2048, "r": 1344, **LAYER}
-    monkeypatch.setenv("JACTUS_POLICY", str(tmp_path / "none.csv"))
+    shape = {"T": 2048, "r": 128, **LAYER}
+    monkeypatch.setenv("JACTUS_POLICY", "none")
     before = jk.explain("core_linear", **shape)
-    size = (2048, 4096, 4096, 1344)
-    rows = ("core_linear", "half", "eager", *size, 30, 60), ("core_linear", "half", "graph", *size, 50, 40)
-    rows += (("training", "half", "eager", *size, 100, 300),)
+    size = (2048, 4096, 4096, 128)
+    rows = ("core_linear", "half", *size, 30, 60), ("training", "half", *size, 100, 300)
     monkeypatch.setenv("JACTUS_POLICY", written(tmp_path / "h100.csv", *rows))
     after = jk.explain("core_linear", **shape)
-    assert before.backend == "torch"
     assert after.backend == "triton"
     assert after.triton_us == pytest.approx(30)
     assert "measured here" in after.reason
@@ -95,12 +92,13 @@ def test_a_measurement_overrules_the_model(monkeypatch, tmp_path):
     assert near.torch_us != before.torch_us
     assert "nearest measured" in near.reason
     assert "roofline" in jk.explain("folded_linear", **shape).reason
-    captured = jk.explain("core_linear", captured=True, **shape)
-    assert (captured.backend, captured.torch_us) == ("torch", pytest.approx(40))
     # a training step is measured whole, so its two passes are corrected alike and add up to it
     passes = [jk.explain(op, **shape) for op in ("core_linear_train", "core_linear_backward")]
     assert sum(part.triton_us for part in passes) == pytest.approx(100)
     assert sum(part.torch_us for part in passes) == pytest.approx(300)
+    monkeypatch.setenv("JACTUS_POLICY", written(tmp_path / "slow-h100.csv", ("core_linear", "half", *size, 60, 30)))
+    assert jk.explain("core_linear", **shape).backend == "torch"
+    monkeypatch.setenv("JACTUS_POLICY", str(tmp_path / "h100.csv"))
     other = jk.explain("core_linear", **{**shape, "gpu": "A100"})
     assert "another GPU, H100" in other.reason
     assert other.triton_us / other.torch_us == pytest.approx(after.triton_us / after.torch_us, rel=0.5)
@@ -115,10 +113,52 @@ def test_what_was_measured_decides_and_other_gpus_of_the_family_go_by_it():
 
 def test_a_broken_measurement_file_says_so(monkeypatch, tmp_path):
     path = tmp_path / "bad.csv"
-    path.write_text("op,T\ncore_linear,many\n")
-    monkeypatch.setenv("JACTUS_POLICY", str(path))
-    with pytest.raises(jk.JactusError, match=r"bad\.csv.*measure again"):
-        jk.explain("core_linear", T=3, r=16, **LAYER)
+    row = ("core_linear", "half", 1, 8, 8, 8, 0, 1)
+    for content in ("op,T\ncore_linear,many\n", "\n".join(",".join(map(str, r)) for r in (policy.COLUMNS, row)), None):
+        policy._measurements.cache_clear()
+        if content is None:
+            path.unlink()
+        else:
+            path.write_text(content)
+        monkeypatch.setenv("JACTUS_POLICY", str(path))
+        with pytest.raises(jk.JactusError, match=r"bad\.csv.*measure again"):
+            jk.explain("core_linear", T=3, r=16, **LAYER)
+
+
+def test_what_torch_and_the_user_say_of_float32_is_heard(monkeypatch):
+    """Times measured in one precision say nothing of another: the prediction's own change is kept."""
+    shape = {"T": 2048, "n": 4096, "dtype": torch.float32, "gpu": "H100"}
+    plain = jk.explain("covariance_update", **shape)
+    assert (plain.backend, "measured here" in plain.reason) == ("triton", True)
+    with jk.use(fp32="ieee"):
+        assert jk.explain("covariance_update", **shape).triton_us > 1.5 * plain.triton_us
+    monkeypatch.setattr(policy, "_torch_uses_tf32", lambda: True)
+    assert jk.explain("covariance_update", **shape).torch_us < plain.torch_us / 2
+
+
+def test_torchs_own_setting_of_tf32_is_read_whichever_way_it_was_made():
+    before = torch.backends.cuda.matmul.allow_tf32
+    try:
+        torch.backends.cuda.matmul.allow_tf32 = True
+        assert policy._torch_uses_tf32()
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+    assert policy._torch_uses_tf32() == before
+
+
+@pytest.mark.parametrize(("dtype", "r"), [(torch.bfloat16, 300), (torch.bfloat16, 1344), (torch.float32, 130)])
+def test_where_nothing_is_fused_torch_runs(dtype, r):
+    for op in ("core_linear_train", "core_linear_backward"):
+        decision = jk.explain(op, T=2048, m=4096, n=4096, r=r, dtype=dtype, gpu="H100")
+        assert (decision.backend, "no kernel fuses" in decision.reason) == ("torch", True)
+
+
+def test_lengths_that_differ_little_are_decided_alike():
+    shapes = {policy._coarse(plan.Shape(T, 8, 8, 4)).T for T in range(1, 4097)}
+    assert shapes >= set(range(1, 65))
+    assert len(shapes) < 64 + 8 * 6 + 2
+    for T in range(65, 4097):
+        assert T * 8 / 9 <= policy._coarse(plan.Shape(T, 8, 8, 4)).T <= T
 
 
 @pytest.mark.parametrize("dtype,backend,says", [(torch.float64, "auto", "float64"), (torch.bfloat16, "torch", "says")])
