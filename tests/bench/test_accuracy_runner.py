@@ -137,7 +137,7 @@ def test_a_cell_gives_a_row_before_and_after_training(tiny, method):
     compressed = method != "lora"
     rows = cell.measure(Cell("tiny", method, 0.7, 3, 5e-3), torch.get_num_threads(), None, untrained=compressed)
     assert [r.phase for r in rows] == ["untrained", "trained"][not compressed :]
-    assert rows[-1].value > 0.8  # a guess is right half the time
+    assert rows[-1].value > 0.75  # a guess is right half the time, and four standard errors of 64 rows are a quarter
     assert rows[-1].loss < 0.5
     assert rows[-1].folded < rows[-1].stored
     assert 0 < rows[-1].trainable < rows[-1].stored
