@@ -28,7 +28,7 @@ def fit_head(
     The base model runs once per batch; its outputs are kept in memory and the head is fitted to them by full-batch
     L-BFGS under the model's own loss (or `loss`), with a penalty of l2·‖weights‖² on the mean. A head that fits every row
     leaves small, noisy gradients to calibrate on and to train with: on 3,000 rows of 20 classes a tenth of the default
-    cost 3 points of test accuracy before training and 1.5 after it (docs/accuracy.md).
+    cost 3 points of test accuracy before training and about one after it (docs/accuracy.md).
 
     Raises JactusError when the model has no head outside its base model, or a batch has no loss.
     """
