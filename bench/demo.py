@@ -24,7 +24,7 @@ from .models import MeanPooledClassifier, minilm
 from .report import Row, environment, methods_table, table, write_json
 from .training import Encoded, accuracy, batches, encode, faster_dtype, latency, logits, share_right, train
 
-# Best on validation rows in bench/results/accuracy.csv; JACTUS's is that of 80% (deployed), and serves 50% too.
+# Best on validation rows in bench/results/head-1e-4/accuracy.csv; JACTUS's is that of 80% (deployed), and serves 50% too.
 LEARNING_RATES = {"full": 2e-4, "lora": 2e-3, "jactus": 2e-3}
 BUDGETS = (0.8, 0.5)
 CALIBRATION_ROWS = 2000
