@@ -35,7 +35,7 @@ def made(family, config, device, dtype=torch.float32):
 @families
 @configs
 def test_every_step_agrees_with_the_cpu(backend, family, config):
-    here, there = made(family, config, "cpu"), None
+    here = made(family, config, "cpu")
     with use(backend=backend):
         there = made(family, config, "cuda")
         assert all(p.is_cuda for p in there[2].parameters())

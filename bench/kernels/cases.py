@@ -66,7 +66,7 @@ def copies(case: Case, dtype: torch.dtype) -> int:
     """How many layers of that size a model must have for their factors not to fit in a cache; at most 64."""
     if not ON_GPU or case.T > 256:  # there a layer's own activations fill the cache
         return 1
-    size = (case.r * (case.m + case.n + case.r) or case.n**2) * dtype.itemsize
+    size = case.r * (case.m + case.n + case.r) * dtype.itemsize
     return max(1, min(64, -(-BEYOND_CACHE // size)))
 
 

@@ -37,7 +37,8 @@ def calls_in_a_round(call, least):
     started = time.perf_counter()
     call(0)
     synchronize()
-    return max(least, min(CALLS, int(ROUND / (time.perf_counter() - started)), CALLS if cases.ON_GPU else 1), 1)
+    most = CALLS if cases.ON_GPU else 1
+    return max(1, least, min(most, int(ROUND / (time.perf_counter() - started))))
 
 
 def captured(calls):

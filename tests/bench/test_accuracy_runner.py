@@ -112,6 +112,7 @@ def test_the_plot_is_written(tmp_path):
 def tiny(monkeypatch, tmp_path):
     """A task whose label is whether more than half of the words are above the middle of the vocabulary."""
     monkeypatch.setenv("JACTUS_CACHE", str(tmp_path))
+    monkeypatch.setattr(tasks, "HEAD_L2", 1e-4)  # so few rows and epochs start better from a closer fit
 
     def load():
         torch.manual_seed(1)
@@ -137,7 +138,7 @@ def test_a_cell_gives_a_row_before_and_after_training(tiny, method):
     compressed = method != "lora"
     rows = cell.measure(Cell("tiny", method, 0.7, 3, 5e-3), torch.get_num_threads(), None, untrained=compressed)
     assert [r.phase for r in rows] == ["untrained", "trained"][not compressed :]
-    assert rows[-1].value > 0.75  # a guess is right half the time, and four standard errors of 64 rows are a quarter
+    assert rows[-1].value > 0.8  # a guess is right half the time
     assert rows[-1].loss < 0.5
     assert rows[-1].folded < rows[-1].stored
     assert 0 < rows[-1].trainable < rows[-1].stored
