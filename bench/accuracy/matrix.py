@@ -137,7 +137,8 @@ STAGES = {"comparison": comparison, "ablations": ablations, "language": language
 
 
 def chosen_rate(entry: Entry, rows: list[Row]) -> float | None:
-    """The only learning rate, or the best on validation rows with the first seed; None while some are still to be tried."""
+    """The only learning rate, or the best on validation rows with the first seed; None while some of the grid are still to
+    be tried. Rates beyond the grid count where they were tried."""
     if len(entry.grid) == 1:
         return entry.grid[0]
     mine = (entry.task, entry.method, entry.budget, entry.seeds[0], "trained")
@@ -146,17 +147,23 @@ def chosen_rate(entry: Entry, rows: list[Row]) -> float | None:
         return None
     merit = TASKS[entry.task].merit
     # a run that diverged has no loss, and whatever its score, it is not the best
-    return max(entry.grid, key=lambda lr: (tried[lr].loss is not None, merit(tried[lr].validation)))
+    return max(tried, key=lambda lr: (tried[lr].loss is not None, merit(tried[lr].validation)))
 
 
 def wanted(entries: list[Entry], rows: list[Row]) -> list[Cell]:
-    """The cells not measured yet, most decisive first; those that wait for a learning rate are not among them."""
+    """The cells not measured yet, most decisive first; those that wait for a learning rate are not among them.
+
+    A grid whose end was the best is widened there, by factors of two, until the best lies inside; for all methods alike.
+    """
     done = {row.cell for row in rows if row.phase == "trained"}
     cells: list[Cell] = []
     for e in entries:
-        cells += [Cell(e.task, e.method, e.budget, e.seeds[0], lr) for lr in e.grid]
-        lr = chosen_rate(e, rows)
-        if lr is not None:
+        grid, lr = e.grid, chosen_rate(e, rows)
+        if lr is not None and len(grid) > 1:
+            grid = (*grid, lr / 2, 2 * lr)  # the neighbours of the best: of a grid's inner rate they are in it
+        first = [Cell(e.task, e.method, e.budget, e.seeds[0], rate) for rate in grid]
+        cells += first
+        if lr is not None and done.issuperset(first):
             cells += [Cell(e.task, e.method, e.budget, seed, lr) for seed in e.seeds[1:]]
     return [cell for cell in dict.fromkeys(cells) if cell not in done]
 

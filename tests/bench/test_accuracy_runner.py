@@ -15,7 +15,7 @@ from bench.models import MeanPooledClassifier
 from bench.training import Encoded
 from jactus import JactusConfig, JactusError
 
-GRID = (1e-3, 2e-3)
+GRID = (1e-3, 2e-3, 4e-3)
 
 
 def row(method="lora", seed=0, lr=1e-3, value=0.5, validation=0.5, phase="trained", task="sarcasm", budget=1.0, **more):
@@ -43,7 +43,7 @@ def test_a_file_with_other_columns_is_refused(tmp_path):
 def test_the_rate_best_on_validation_rows_goes_on_to_the_other_seeds():
     e = Entry("sarcasm", "lora", 1.0, GRID, (0, 1, 2))
     assert [c.lr for c in wanted([e], [])] == list(GRID)
-    rows = [row(lr=1e-3, value=0.9, validation=0.6)]
+    rows = [row(lr=lr, value=0.9, validation=0.6) for lr in (1e-3, 4e-3)]
     assert wanted([e], rows) == [Cell("sarcasm", "lora", 1.0, 0, 2e-3)]
     rows.append(row(lr=2e-3, value=0.1, validation=0.7))  # worse on the test rows, which must not count
     assert wanted([e], rows) == [Cell("sarcasm", "lora", 1.0, seed, 2e-3) for seed in (1, 2)]
@@ -51,15 +51,31 @@ def test_the_rate_best_on_validation_rows_goes_on_to_the_other_seeds():
     assert wanted([e], rows) == []
 
 
+@pytest.mark.parametrize("best, beyond", [(0, 0.5e-3), (-1, 8e-3)])
+def test_a_grid_whose_end_is_the_best_is_widened_there_before_other_seeds_run(best, beyond):
+    e = Entry("sarcasm", "lora", 1.0, GRID, (0, 1))
+    rows = [row(lr=lr, validation=0.7 if lr == GRID[best] else 0.6) for lr in GRID]
+    assert wanted([e], rows) == [Cell("sarcasm", "lora", 1.0, 0, beyond)]
+    worse = [*rows, row(lr=beyond, validation=0.65)]
+    assert wanted([e], worse) == [Cell("sarcasm", "lora", 1.0, 1, GRID[best])]
+    better = [*rows, row(lr=beyond, validation=0.75)]
+    assert wanted([e], better) == [Cell("sarcasm", "lora", 1.0, 0, beyond * beyond / GRID[best])]
+
+
+def test_a_single_rate_is_never_widened():
+    e = Entry("sarcasm", "lora", 1.0, (1e-3,), (0, 1))
+    assert wanted([e], [row(lr=1e-3)]) == [Cell("sarcasm", "lora", 1.0, 1, 1e-3)]
+
+
 def test_a_lower_perplexity_is_the_better_one():
     e = Entry("wikipedia", "lora", 1.0, GRID)
-    rows = [row(task="wikipedia", lr=lr, validation=v) for lr, v in zip(GRID, (30.0, 40.0))]
+    rows = [row(task="wikipedia", lr=lr, validation=v) for lr, v in zip(GRID, (30.0, 40.0, 50.0))]
     assert chosen_rate(e, rows) == 1e-3
 
 
 def test_a_run_that_diverged_is_never_the_best():
     e = Entry("wikipedia", "lora", 1.0, GRID)
-    rows = [row(task="wikipedia", lr=1e-3, validation=30.0), row(task="wikipedia", lr=2e-3, validation=1.0)]
+    rows = [row(task="wikipedia", lr=lr, validation=v) for lr, v in zip(GRID, (30.0, 1.0, 40.0))]
     rows[1] = dataclasses.replace(rows[1], loss=None)
     assert chosen_rate(e, rows) == 1e-3
 
