@@ -4,7 +4,7 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, get_linear_schedule_with_warmup
 
-from jactus_kernels import JactusError
+from jactus import JactusError, parameter_groups
 
 from .data import Split
 
@@ -160,6 +160,7 @@ def train(
     seed: int = 0,
     autocast: torch.dtype | None = None,
     progress: bool = True,
+    rates: Mapping[str, float] | None = None,
 ) -> Trained:
     """Train what requires gradients with AdamW (no weight decay), 6% linear warm-up, linear decay, gradient clip 1.
 
@@ -168,6 +169,7 @@ def train(
         encoded: training examples; each epoch has its own order, fixed by `seed`, as is dropout.
         lr: peak learning rate.
         autocast: dtype of the forward pass on the model's device; None computes in the parameters' own.
+        rates: other peak rates for modules whose names end so, as `jactus.parameter_groups` takes them.
 
     Raises:
         JactusError: a gradient is not finite, or nothing requires gradients.
@@ -178,7 +180,8 @@ def train(
     if not parameters:
         raise JactusError("train: no parameter of the model requires gradients; choose what to train first")
     steps = epochs * math.ceil(len(encoded) / batch_size)
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0, fused=True)
+    groups = parameter_groups(model, lr, rates or {})
+    optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=0.0, fused=True)
     schedule = get_linear_schedule_with_warmup(optimizer, round(WARMUP * steps), steps)
     losses: list[float] = []
     unseen: list[Tensor] = []

@@ -13,7 +13,7 @@ from .planning import plan
 from .report import rank_map, size, spectra
 from .statistics import Statistics
 from .surgery import compress, fold, merge
-from .training import mark_trainable
+from .training import mark_trainable, parameter_groups
 
 __version__ = "0.1.0"
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "load_cores",
     "mark_trainable",
     "merge",
+    "parameter_groups",
     "plan",
     "rank_map",
     "save_cores",

@@ -1,6 +1,7 @@
 """What trains: the cores and the chosen extras, nothing else."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -18,28 +19,62 @@ def mark_trainable(model: nn.Module, extras: str | Sequence[str] = ("head",)) ->
     compressed layers), or endings of module names. Raises JactusError for an ending that no module has.
     """
     extras = (extras,) if isinstance(extras, str) else tuple(extras)
-    chosen = {id(p) for layer in compressed_layers(model).values() for p in _core_parameters(layer, "bias" in extras)}
-    heads = head_parameters(model) if "head" in extras else {}
-    endings = tuple(e for e in extras if e not in ("head", "bias"))
-    modules = [name for name, _ in model.named_modules()]
-    for e in endings:
-        if not any(module == e or module.endswith(f".{e}") for module in modules):
-            raise JactusError(
-                f"trainable_extras names {e!r}, and no module of {type(model).__name__} ends in that name"
-            )
-    for name, parameter in model.named_parameters():
-        module = name.rpartition(".")[0]
-        named = any(module == e or module.endswith(f".{e}") for e in endings)
-        parameter.requires_grad_(id(parameter) in chosen or name in heads or named)
+    cores = [layer for layer in compressed_layers(model).values() if isinstance(layer, CoreLinear)]
+    chosen = {id(layer.core if layer.block is None else layer.block) for layer in cores}
+    chosen |= {id(p) for extra in extras for p in _extra_parameters(model, extra).values()}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in chosen)
     record(model)  # a reloaded model trains the same
     return [name for name, p in model.named_parameters() if p.requires_grad]
 
 
-def _core_parameters(layer: nn.Module, bias: bool) -> list[nn.Parameter]:
-    trained = [layer.core if layer.block is None else layer.block] if isinstance(layer, CoreLinear) else []
-    if bias and isinstance(layer, CoreLinear) and layer.bias is not None:
-        trained.append(layer.bias)
-    return trained
+def parameter_groups(model: nn.Module, lr: float, rates: Mapping[str, float]) -> list[dict[str, Any]]:
+    """What requires gradients, as groups for any torch optimizer: `rates` for some extras, `lr` for the rest.
+
+    Cores want some ten times the learning rate of weights as they were pretrained, so embeddings or norms that train
+    beside them want a rate of their own: `AdamW(parameter_groups(model, 2e-3, {"word_embeddings": 2e-4}))`.
+
+    Args:
+        model: after `compress` or `mark_trainable`; any other model whose parameters to train require gradients will do.
+        lr: of the cores, and of every extra that `rates` does not name.
+        rates: learning rates by the words of `mark_trainable`'s extras.
+
+    Raises:
+        JactusError: a word that names nothing that trains, or two words that name the same parameter.
+    """
+    groups: list[dict[str, Any]] = []
+    grouped: set[int] = set()
+    for extra, rate in rates.items():
+        found = {name: p for name, p in _extra_parameters(model, extra).items() if p.requires_grad}
+        twice = [name for name, p in found.items() if id(p) in grouped]
+        if not found or twice:
+            why = (
+                f"{twice[0]}, which another of them names as well" if twice else "no parameter that requires gradients"
+            )
+            raise JactusError(
+                f"parameter_groups: rates names {extra!r}: {why}. Rates are for {tuple(rates)}; what trains is chosen by "
+                "JactusConfig(trainable_extras=…) or jactus.mark_trainable(model, extras)"
+            )
+        groups.append({"params": list(found.values()), "lr": rate})
+        grouped |= {id(p) for p in found.values()}
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in grouped]
+    return [{"params": rest, "lr": lr}, *groups] if rest else groups
+
+
+def _extra_parameters(model: nn.Module, extra: str) -> dict[str, nn.Parameter]:
+    """The parameters that a word of `trainable_extras` means, by name."""
+    if extra == "head":
+        return head_parameters(model)
+    if extra == "bias":
+        layers = compressed_layers(model).items()
+        return {f"{name}.bias": x.bias for name, x in layers if isinstance(x, CoreLinear) and x.bias is not None}
+    modules = {name for name, _ in model.named_modules() if name == extra or name.endswith(f".{extra}")}
+    if not modules:
+        raise JactusError(
+            f"trainable_extras names {extra!r}, and no module of {type(model).__name__} ends in that name"
+        )
+    everything = model.named_parameters(remove_duplicate=False)  # a tied weight has the name that was asked for, too
+    return {name: p for name, p in everything if name.rpartition(".")[0] in modules}
 
 
 def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModel, AutoModelForSequenceClassification
 
 import jactus
+from jactus import JactusError
 from jactus.layers import CoreLinear, FoldedLinear, compressed_layers
 from tests.models import BERT, BY_NAME, EVERY, FAMILIES, GPT2, LLAMA, SMALL, T5, WIDE, cast, compressed, planned
 
@@ -206,6 +207,44 @@ def test_what_requires_grad_is_remembered_by_the_models_own_save(tmp_path):
     model.save_pretrained(tmp_path)
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     assert {name for name, p in again.named_parameters() if p.requires_grad} == chosen
+
+
+def test_extras_get_learning_rates_of_their_own_and_the_rest_the_common_one():
+    model = compressed(BERT)
+    chosen = jactus.mark_trainable(model, ("head", "bias", "word_embeddings"))
+    embedding, head = model.get_input_embeddings().weight, model.classifier
+    groups = jactus.parameter_groups(model, 2e-3, {"word_embeddings": 1e-4, "head": 1e-3})
+    assert [group["lr"] for group in groups] == [2e-3, 1e-4, 1e-3]
+    assert [list(map(id, group["params"])) for group in groups[1:]] == [
+        [id(embedding)],
+        [id(head.weight), id(head.bias)],
+    ]
+    by_name = dict(model.named_parameters())
+    everything = [id(p) for group in groups for p in group["params"]]
+    assert sorted(everything) == sorted(id(by_name[name]) for name in chosen)  # each once
+    assert [g["lr"] for g in jactus.parameter_groups(model, 1.0, {})] == [1.0]
+
+    before = embedding.detach().clone()
+    model(**BERT.batch()).loss.backward()
+    torch.optim.SGD(jactus.parameter_groups(model, 0.1, {"word_embeddings": 0.5})).step()
+    torch.testing.assert_close(embedding.detach(), before - 0.5 * embedding.grad)
+
+
+def test_a_rate_for_what_does_not_train_or_has_one_already_is_refused():
+    model = compressed(BERT)
+    with pytest.raises(JactusError, match=r"word_embeddings.*trainable_extras"):
+        jactus.parameter_groups(model, 1e-3, {"word_embeddings": 1e-4})
+    with pytest.raises(JactusError, match="haed"):
+        jactus.parameter_groups(model, 1e-3, {"haed": 1e-4})
+    with pytest.raises(JactusError, match=r"classifier.*another"):
+        jactus.parameter_groups(model, 1e-3, {"head": 1e-4, "classifier": 1e-4})
+
+
+def test_a_tied_weight_trains_under_either_name():
+    model = compressed(BY_NAME["gpt2"])
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    chosen = [set(jactus.mark_trainable(model, (name,))) for name in ("lm_head", "wte")]
+    assert chosen[0] == chosen[1] >= {"transformer.wte.weight"}
 
 
 def test_a_reloaded_model_is_an_ordinary_one_to_cast(tmp_path):

@@ -8,7 +8,7 @@ from jactus_kernels import JactusError
 
 from .. import memory, training
 from ..report import versions
-from .methods import build, variant
+from .methods import build, own_rates, variant
 from .peers import Context, sizes
 from .store import Cell, Row
 from .tasks import TASKS, calibrated, calibration_batches, prepared
@@ -42,7 +42,10 @@ def measure(cell: Cell, threads: int, autocast: torch.dtype | None, untrained: b
     rows = [row("untrained")] if untrained else []
     memory.forget_peak(device)
     try:
-        done = training.train(model, case.training, cell.lr, task.epochs, task.batch_size, cell.seed, autocast, False)
+        rates = own_rates(cell.method, model, cell.lr)
+        done = training.train(
+            model, case.training, cell.lr, task.epochs, task.batch_size, cell.seed, autocast, False, rates
+        )
     except JactusError as e:
         print(f"{cell}: {e}", file=sys.stderr)
         return [*rows, row("trained", lr=cell.lr, loss=None)]

@@ -28,6 +28,11 @@ def entry(task: str, method: str, budget: float, grid: tuple[float, ...] = (), s
 
 COMPRESSED = ("svd-llm+lora", "svd+lora", "asvd+lora", "fwsvd+lora", "cersa")
 WIDER = "jactus[core_width=2.0]"  # with about as many parameters to train as LoRA on two factors has
+# What full fine-tuning trains and adapters do not, at the rates that the comparison chose without it.
+EMBEDDED = {
+    ("jactus+embeddings", 0.8): {"sarcasm": 1e-3, "movies": 1e-3, "newsgroups": 2e-3},
+    ("lora+embeddings", 1.0): {"sarcasm": 2e-3, "movies": 2e-3, "newsgroups": 1e-3},
+}
 WHOLE = ("full", "lora", "dora", "pissa", "corda", "eva", "eigentune")
 
 
@@ -36,6 +41,9 @@ def comparison() -> Iterator[Entry]:
     for method, budget in (("jactus", 0.8), ("lora", 1.0), ("full", 1.0), ("dora", 1.0), ("jactus", 0.5), (WIDER, 0.5)):
         for task in TEXT:
             yield entry(task, method, budget)
+    for (method, budget), chosen in EMBEDDED.items():
+        for task in TEXT:
+            yield entry(task, method, budget, (chosen[task],))
     for method in ("jactus", *COMPRESSED[:1], WIDER, *COMPRESSED[1:]):
         for task in TEXT:
             yield entry(task, method, 0.35)

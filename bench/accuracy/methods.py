@@ -1,4 +1,5 @@
-"""Methods by name. `jactus[union_share=0,metric=input]` is JACTUS with other settings than its defaults: an ablation."""
+"""Methods by name. `jactus[union_share=0,metric=input]` is JACTUS with other settings than its defaults: an ablation;
+`lora+embeddings` is LoRA with the word embeddings trained beside it, at a tenth of its learning rate."""
 
 import ast
 import re
@@ -23,6 +24,9 @@ RATES = {
     "corda": (5e-4, 1e-3, 2e-3),
 }
 OTHER_RATES = (1e-3, 2e-3, 4e-3)
+
+EMBEDDINGS = "+embeddings"
+EMBEDDING_SHARE = 0.1  # of the rate: what adapters and cores take is some ten times full fine-tuning's
 
 OWN = ("calibration", "head", "cores")  # settings of a Variant that are not fields of JactusConfig
 
@@ -51,7 +55,7 @@ class Variant:
 
 def variant(method: str) -> Variant | None:
     """The settings in a name like `jactus[damping=0.1,union=weight+covariance]`; None for a method that is not JACTUS."""
-    found = re.fullmatch(r"jactus(?:\[(.*)\])?", method)
+    found = re.fullmatch(r"jactus(?:\[(.*)\])?", method.removesuffix(EMBEDDINGS))
     if not found:
         return None
     known = {f.name: f.default for f in fields(jactus.JactusConfig)}
@@ -87,8 +91,20 @@ def is_compressed(method: str) -> bool:
     return variant(method) is not None or method.removesuffix("+lora") in (*COMPRESSORS, "cersa")
 
 
+def own_rates(method: str, model: nn.Module, lr: float) -> dict[str, float]:
+    """The learning rates of modules that the method trains at another than `lr`, by endings of their names."""
+    if not method.endswith(EMBEDDINGS):
+        return {}
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    return {next(name for name, m in model.named_modules() if m is embedding): EMBEDDING_SHARE * lr}
+
+
 def build(method: str, model: nn.Module, context: Context, budget: float) -> nn.Module:
     """The model made ready to train by `method`, in place. Raises JactusError for an unknown name."""
+    if method.endswith(EMBEDDINGS):
+        built = build(method.removesuffix(EMBEDDINGS), model, context, budget)
+        built.get_input_embeddings().requires_grad_(True)  # type: ignore[operator]
+        return built
     chosen = variant(method)
     if chosen is None:
         if method not in METHODS:

@@ -83,7 +83,8 @@ def test_a_run_that_diverged_is_never_the_best():
 def test_every_entry_of_the_matrix_is_a_method_that_exists_and_no_grid_is_larger():
     for stage in matrix.STAGES.values():
         for e in stage():
-            assert methods.variant(e.method) or e.method in methods.METHODS
+            known = e.method.removesuffix(methods.EMBEDDINGS)
+            assert methods.variant(known) or known in methods.METHODS
             assert e.task in tasks.TASKS
             assert 0 < e.budget <= 1
             assert len(e.grid) in (1, 3)
@@ -159,6 +160,22 @@ def test_a_cell_gives_a_row_before_and_after_training(tiny, method):
     assert rows[-1].folded < rows[-1].stored
     assert 0 < rows[-1].trainable < rows[-1].stored
     assert (rows[-1].seed, rows[-1].lr, rows[-1].budget) == (3, 5e-3, 0.7)
+
+
+@pytest.mark.parametrize("method", ["jactus[rank_multiple=4]", "lora"])
+def test_embeddings_train_beside_at_a_tenth_of_the_rate(tiny, method, monkeypatch):
+    seen = []
+    train = cell.training.train
+    monkeypatch.setattr(cell.training, "train", lambda model, *args: seen.append((model, args)) or train(model, *args))
+    rows = [cell.measure(Cell("tiny", m, 0.7, 0, 5e-3), 1, None, False)[-1] for m in (method, f"{method}+embeddings")]
+    assert rows[1].trainable - rows[0].trainable == 32 * 32
+    assert (rows[1].stored, rows[1].folded) == (rows[0].stored, rows[0].folded)
+    assert rows[1].value > 0.8
+    model, (*_, rates) = seen[1]
+    (name,) = rates
+    assert model.get_submodule(name) is model.get_input_embeddings()
+    assert rates[name] == pytest.approx(5e-4)
+    assert not seen[0][1][-1]
 
 
 def test_a_cell_is_the_same_twice(tiny):
