@@ -93,7 +93,8 @@ def save_cores(model: nn.Module, path: str | os.PathLike) -> None:
 def load_cores(model: nn.Module, path: str | os.PathLike) -> None:
     """Put another task's cores (and head, …) into a model with the same bases, in place.
 
-    Nothing is changed unless all of it fits. Raises JactusError when the file is of other bases or of other shapes.
+    Nothing is changed unless all of it fits. Raises JactusError when the file is of other bases or of other shapes, or
+    lacks something that trains in this model.
     """
     tensors, meta = storage.read(path, "cores")
     bases = _bases(model)
@@ -108,11 +109,12 @@ def load_cores(model: nn.Module, path: str | os.PathLike) -> None:
         if name not in parameters or parameters[name].shape != tensor.shape:
             there = tuple(parameters[name].shape) if name in parameters else "nothing"
             raise JactusError(f"{path} does not fit: {name} is {tuple(tensor.shape)} there and {there} in this model")
-    missing = sorted(_core_names(model) - set(tensors))
+    trained = {name for name, p in parameters.items() if p.requires_grad}
+    missing = sorted((_core_names(model) | trained) - set(tensors))
     if missing:
         raise JactusError(
             f"{path} does not fit: it has no {missing[0]} (nor {len(missing) - 1} others), which would stay another task's; "
-            "load it into a model compressed with the same trainable_rank"
+            "load it into a model compressed with the same trainable_rank, in which the same extras train"
         )
     for name, tensor in tensors.items():
         parameters[name].copy_(tensor)

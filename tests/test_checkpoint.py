@@ -248,9 +248,23 @@ def test_two_tasks_swap_on_the_same_bases(family, config, tmp_path):
 def test_cores_of_a_model_frozen_for_inference_are_saved_whole(tmp_path):
     model = change(compressed(BERT, EVERY.replace(trainable_rank=2, trainable_extras=())))
     jactus.save_cores(model.requires_grad_(False), tmp_path / "cores")
-    again = compressed(BERT, EVERY.replace(trainable_rank=2))
+    again = compressed(BERT, EVERY.replace(trainable_rank=2, trainable_extras=()))
     jactus.load_cores(again, tmp_path / "cores")
     assert torch.equal(logits(again), logits(model))
+
+
+def test_cores_without_an_extra_that_trains_here_are_refused(tmp_path):
+    """The extra would stay another task's."""
+    model = compressed(BERT, EVERY.replace(trainable_extras=("head",)))
+    jactus.save_cores(model, tmp_path / "cores")
+    other = change(compressed(BERT, EVERY.replace(trainable_extras=("head", "word_embeddings"))))
+    before = logits(other)
+    with pytest.raises(JactusError, match=r"no \S*word_embeddings\.weight .* the same extras train"):
+        jactus.load_cores(other, tmp_path / "cores")
+    assert torch.equal(logits(other), before)
+    jactus.save_cores(other, tmp_path / "cores")
+    jactus.load_cores(model, tmp_path / "cores")  # more than trains here is put in its place
+    assert torch.equal(logits(model), before)
 
 
 MISFITS = [
