@@ -102,7 +102,7 @@ class JactusConfig:
     trainable_extras: tuple[str, ...] = option(
         ("head",),
         "What trains beside the cores: 'head' (a task head; never the output embedding of a language model), 'bias' "
-        "(of the compressed layers), or name endings of further modules.",
+        "(of the compressed layers), or name endings of further modules (`parameter_groups` gives them rates of their own).",
     )
     core_width: float = option(
         1.0,
