@@ -16,8 +16,9 @@ from jactus_kernels import JactusError
 
 from . import storage
 from .layers import CoreLinear, compressed_layers
-from .loader import file_digest, record
+from .loader import file_digest, own_name, record
 from .targets import fingerprint
+from .training import head_parameters
 
 # What transformers calls its weight files; anything else in a directory is the user's.
 WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
@@ -79,13 +80,13 @@ def _add_digests(directory: Path) -> None:
 
 
 def save_cores(model: nn.Module, path: str | os.PathLike) -> None:
-    """Write what trains (cores, head, …) to one file: a task on top of shared bases.
+    """Write what trains (cores, head, …) to one file: a task on top of shared bases. A model frozen since is written whole.
 
     Raises JactusError when the model has no three-factor layer, or the disk refuses.
     """
     bases = _bases(model)
-    cores = _core_names(model)
-    tensors = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad or name in cores}
+    names = _task_names(model) | set(head_parameters(model))
+    tensors = {name: p.detach() for name, p in model.named_parameters() if name in names}
     storage.write(path, "cores", tensors, {"bases": bases})
 
 
@@ -109,8 +110,7 @@ def load_cores(model: nn.Module, path: str | os.PathLike) -> None:
         if name not in parameters or parameters[name].shape != tensor.shape:
             there = tuple(parameters[name].shape) if name in parameters else "nothing"
             raise JactusError(f"{path} does not fit: {name} is {tuple(tensor.shape)} there and {there} in this model")
-    trained = {name for name, p in parameters.items() if p.requires_grad}
-    missing = sorted((_core_names(model) | trained) - set(tensors))
+    missing = sorted(_task_names(model) - set(tensors))
     if missing:
         raise JactusError(
             f"{path} does not fit: it has no {missing[0]} (nor {len(missing) - 1} others), which would stay another task's; "
@@ -118,6 +118,14 @@ def load_cores(model: nn.Module, path: str | os.PathLike) -> None:
         )
     for name, tensor in tensors.items():
         parameters[name].copy_(tensor)
+
+
+def _task_names(model: nn.Module) -> set[str]:
+    """Cores, what trains now, and what was chosen to train before the model was frozen."""
+    recorded = getattr(getattr(model, "config", None), "quantization_config", None)
+    chosen = {own_name(model, name) for name in getattr(recorded, "trainable", ())}
+    trains = {name for name, p in model.named_parameters() if p.requires_grad or name in chosen}
+    return trains | _core_names(model)
 
 
 def _core_names(model: nn.Module) -> set[str]:

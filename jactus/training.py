@@ -16,7 +16,8 @@ def mark_trainable(model: nn.Module, extras: str | Sequence[str] = ("head",)) ->
     """Let only cores and `extras` require gradients; returns the names of the parameters that do.
 
     extras: 'head' (modules outside the base model, the output embedding of a language model excepted), 'bias' (of the
-    compressed layers), or endings of module names. Raises JactusError for an ending that no module has.
+    compressed layers), or endings of module names, whose own parameters are meant. Raises JactusError for an ending that
+    no module with parameters has.
     """
     extras = (extras,) if isinstance(extras, str) else tuple(extras)
     cores = [layer for layer in compressed_layers(model).values() if isinstance(layer, CoreLinear)]
@@ -45,18 +46,16 @@ def parameter_groups(model: nn.Module, lr: float, rates: Mapping[str, float]) ->
     groups: list[dict[str, Any]] = []
     grouped: set[int] = set()
     for extra, rate in rates.items():
-        found = {name: p for name, p in _extra_parameters(model, extra).items() if p.requires_grad}
-        twice = [name for name, p in found.items() if id(p) in grouped]
+        found = {id(p): name for name, p in _extra_parameters(model, extra).items() if p.requires_grad}
+        twice = grouped.intersection(found)
         if not found or twice:
-            why = (
-                f"{twice[0]}, which another of them names as well" if twice else "no parameter that requires gradients"
-            )
+            why = f"{found[twice.pop()]}, which another of them names" if twice else "nothing that requires gradients"
             raise JactusError(
-                f"parameter_groups: rates names {extra!r}: {why}. Rates are for {tuple(rates)}; what trains is chosen by "
+                f"parameter_groups: rates names by {extra!r} {why}; what trains is chosen by "
                 "JactusConfig(trainable_extras=…) or jactus.mark_trainable(model, extras)"
             )
-        groups.append({"params": list(found.values()), "lr": rate})
-        grouped |= {id(p) for p in found.values()}
+        groups.append({"params": [p for p in model.parameters() if id(p) in found], "lr": rate})  # a tied one once
+        grouped |= set(found)
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in grouped]
     return [{"params": rest, "lr": lr}, *groups] if rest else groups
 
@@ -69,12 +68,14 @@ def _extra_parameters(model: nn.Module, extra: str) -> dict[str, nn.Parameter]:
         layers = compressed_layers(model).items()
         return {f"{name}.bias": x.bias for name, x in layers if isinstance(x, CoreLinear) and x.bias is not None}
     modules = {name for name, _ in model.named_modules() if name == extra or name.endswith(f".{extra}")}
-    if not modules:
-        raise JactusError(
-            f"trainable_extras names {extra!r}, and no module of {type(model).__name__} ends in that name"
-        )
     everything = model.named_parameters(remove_duplicate=False)  # a tied weight has the name that was asked for, too
-    return {name: p for name, p in everything if name.rpartition(".")[0] in modules}
+    found = {name: p for name, p in everything if name.rpartition(".")[0] in modules}
+    if not found:
+        why = "no module has parameters of its own; name those inside it" if modules else "no module at all"
+        raise JactusError(
+            f"{extra!r} is to train or to have a rate, and of that ending {type(model).__name__} has {why}"
+        )
+    return found
 
 
 def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -248,9 +248,21 @@ def test_two_tasks_swap_on_the_same_bases(family, config, tmp_path):
 def test_cores_of_a_model_frozen_for_inference_are_saved_whole(tmp_path):
     model = change(compressed(BERT, EVERY.replace(trainable_rank=2, trainable_extras=())))
     jactus.save_cores(model.requires_grad_(False), tmp_path / "cores")
-    again = compressed(BERT, EVERY.replace(trainable_rank=2, trainable_extras=()))
+    again = compressed(BERT, EVERY.replace(trainable_rank=2, trainable_extras=("head",)))
     jactus.load_cores(again, tmp_path / "cores")
     assert torch.equal(logits(again), logits(model))
+
+
+def test_frozen_models_swap_whole_tasks_extras_included(tmp_path):
+    config = EVERY.replace(trainable_extras=("head", "LayerNorm"))
+    model = change(compressed(BERT, config)).requires_grad_(False)
+    jactus.save_cores(model, tmp_path / "cores")
+    again = compressed(BERT, config).requires_grad_(False)
+    jactus.load_cores(again, tmp_path / "cores")
+    assert torch.equal(logits(again), logits(model))
+    jactus.save_cores(compressed(BERT, EVERY.replace(trainable_extras=())), tmp_path / "bare")
+    with pytest.raises(JactusError, match="LayerNorm"):
+        jactus.load_cores(again, tmp_path / "bare")
 
 
 def test_cores_without_an_extra_that_trains_here_are_refused(tmp_path):

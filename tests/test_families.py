@@ -234,8 +234,10 @@ def test_a_rate_for_what_does_not_train_or_has_one_already_is_refused():
     model = compressed(BERT)
     with pytest.raises(JactusError, match=r"word_embeddings.*trainable_extras"):
         jactus.parameter_groups(model, 1e-3, {"word_embeddings": 1e-4})
-    with pytest.raises(JactusError, match="haed"):
+    with pytest.raises(JactusError, match=r"'haed'.*no module at all"):
         jactus.parameter_groups(model, 1e-3, {"haed": 1e-4})
+    with pytest.raises(JactusError, match=r"'encoder'.*inside it"):
+        jactus.mark_trainable(model, ("encoder",))
     with pytest.raises(JactusError, match=r"classifier.*another"):
         jactus.parameter_groups(model, 1e-3, {"head": 1e-4, "classifier": 1e-4})
 
@@ -245,6 +247,13 @@ def test_a_tied_weight_trains_under_either_name():
     assert model.lm_head.weight is model.get_input_embeddings().weight
     chosen = [set(jactus.mark_trainable(model, (name,))) for name in ("lm_head", "wte")]
     assert chosen[0] == chosen[1] >= {"transformer.wte.weight"}
+
+
+def test_a_weight_of_three_names_is_in_its_group_once():
+    model = compressed(T5)
+    jactus.mark_trainable(model, ("embed_tokens",))
+    (group,) = jactus.parameter_groups(model, 1e-3, {"embed_tokens": 1e-4})[1:]
+    assert [id(p) for p in group["params"]] == [id(model.shared.weight)]
 
 
 def test_a_reloaded_model_is_an_ordinary_one_to_cast(tmp_path):

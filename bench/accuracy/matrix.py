@@ -155,7 +155,10 @@ def chosen_rate(entry: Entry, rows: list[Row]) -> float | None:
         return None
     merit = TASKS[entry.task].merit
     # a run that diverged has no loss, and whatever its score, it is not the best
-    return max(tried, key=lambda lr: (tried[lr].loss is not None, merit(tried[lr].validation)))
+    ordered = sorted(
+        tried, key=lambda lr: (lr not in entry.grid, lr)
+    )  # of equal ones the grid's, and of those the lowest
+    return max(ordered, key=lambda lr: (tried[lr].loss is not None, merit(tried[lr].validation)))
 
 
 def wanted(entries: list[Entry], rows: list[Row]) -> list[Cell]:

@@ -1,6 +1,7 @@
 """The runner: rows survive, learning rates are chosen on validation rows, nothing is measured twice."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -60,6 +61,23 @@ def test_a_grid_whose_end_is_the_best_is_widened_there_before_other_seeds_run(be
     assert wanted([e], worse) == [Cell("sarcasm", "lora", 1.0, 1, GRID[best])]
     better = [*rows, row(lr=beyond, validation=0.75)]
     assert wanted([e], better) == [Cell("sarcasm", "lora", 1.0, 0, beyond * beyond / GRID[best])]
+
+
+def test_of_equal_rates_the_grids_lowest_is_chosen_in_whatever_order_they_were_measured():
+    e = Entry("sarcasm", "lora", 1.0, GRID, (0, 1))
+    rows = [row(lr=lr, validation=0.7 if lr < 4e-3 else 0.6) for lr in (2e-3, 0.5e-3, 4e-3, 1e-3)]
+    assert chosen_rate(e, rows) == chosen_rate(e, rows[::-1]) == 1e-3
+
+
+def test_methods_with_embeddings_run_at_the_rates_chosen_without():
+    rows = files.read(Row, Path(__file__).parents[2] / "bench/results/accuracy.csv")
+    for (method, budget), rates in matrix.EMBEDDED.items():
+        for task in rates:
+            with_embeddings, without = (
+                matrix.entry(task, method, budget, (rates[task],)),
+                method.removesuffix("+embeddings"),
+            )
+            assert with_embeddings.grid == (chosen_rate(matrix.entry(task, without, budget), rows),)
 
 
 def test_a_single_rate_is_never_widened():
@@ -165,17 +183,19 @@ def test_a_cell_gives_a_row_before_and_after_training(tiny, method):
 @pytest.mark.parametrize("method", ["jactus[rank_multiple=4]", "lora"])
 def test_embeddings_train_beside_at_a_tenth_of_the_rate(tiny, method, monkeypatch):
     seen = []
-    train = cell.training.train
-    monkeypatch.setattr(cell.training, "train", lambda model, *args: seen.append((model, args)) or train(model, *args))
+    adamw = torch.optim.AdamW
+
+    def noted(groups, **how):
+        seen.append([(group["lr"], sum(p.numel() for p in group["params"])) for group in groups])
+        return adamw(groups, **how)
+
+    monkeypatch.setattr(torch.optim, "AdamW", noted)
     rows = [cell.measure(Cell("tiny", m, 0.7, 0, 5e-3), 1, None, False)[-1] for m in (method, f"{method}+embeddings")]
     assert rows[1].trainable - rows[0].trainable == 32 * 32
     assert (rows[1].stored, rows[1].folded) == (rows[0].stored, rows[0].folded)
     assert rows[1].value > 0.8
-    model, (*_, rates) = seen[1]
-    (name,) = rates
-    assert model.get_submodule(name) is model.get_input_embeddings()
-    assert rates[name] == pytest.approx(5e-4)
-    assert not seen[0][1][-1]
+    alone = (5e-3, rows[0].trainable)
+    assert seen == [[alone], [alone, (pytest.approx(5e-4), 32 * 32)]]
 
 
 def test_a_cell_is_the_same_twice(tiny):
