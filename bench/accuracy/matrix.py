@@ -154,10 +154,8 @@ def chosen_rate(entry: Entry, rows: list[Row]) -> float | None:
     if any(lr not in tried for lr in entry.grid):
         return None
     merit = TASKS[entry.task].merit
-    # a run that diverged has no loss, and whatever its score, it is not the best
-    ordered = sorted(
-        tried, key=lambda lr: (lr not in entry.grid, lr)
-    )  # of equal ones the grid's, and of those the lowest
+    # Of equal ones the grid's, and of those the lowest. A run that diverged has no loss: whatever its score, not the best.
+    ordered = sorted(tried, key=lambda lr: (lr not in entry.grid, lr))
     return max(ordered, key=lambda lr: (tried[lr].loss is not None, merit(tried[lr].validation)))
 
 
