@@ -6,6 +6,7 @@ import random
 import tarfile
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 from jactus_kernels import JactusError
@@ -112,14 +113,17 @@ def unique(rows: Iterable[Row]) -> list[Row]:
 def shuffled_splits(rows: Iterable[Row], sizes: tuple[int, ...], seed: int, name: str) -> list[Split]:
     """Cut unique rows, in an order fixed by `seed`, into consecutive disjoint splits of the given sizes."""
     rows = unique(rows)
-    if len(rows) < sum(sizes) or min(sizes) < 1:
-        raise JactusError(f"{name}: {len(rows)} different rows cannot fill splits of {sizes}; is the file complete?")
-    random.Random(seed).shuffle(rows)
-    splits, start = [], 0
-    for size in sizes:
-        splits.append(_split(rows[start : start + size]))
-        start += size
-    return splits
+    return [_split([rows[i] for i in part]) for part in shuffled_parts(len(rows), sizes, seed, name)]
+
+
+def shuffled_parts(count: int, sizes: tuple[int, ...], seed: int, name: str) -> list[list[int]]:
+    """Numbers below `count`, in an order fixed by `seed`, cut into consecutive disjoint parts of the given sizes."""
+    if count < sum(sizes) or min(sizes) < 1:
+        raise JactusError(f"{name}: {count} different examples cannot fill splits of {sizes}; are the files complete?")
+    order = list(range(count))
+    random.Random(seed).shuffle(order)
+    ends = list(accumulate(sizes, initial=0))
+    return [order[start:end] for start, end in pairwise(ends)]
 
 
 def _key(text: str) -> str:

@@ -98,7 +98,7 @@ def main() -> None:
         untrained, size, lr = accuracy(small, test), jactus.size(small), LEARNING_RATES["jactus"]
         seconds = fit(small, lr)
         trained = logits(small, test)
-        score = share_right(trained, test)
+        score = share_right(trained, torch.tensor(test.labels))
         name = f"JACTUS {budget:.0%}"
         rows.append(
             Row(name, untrained, score, size.stored, size.folded, size.trainable, size.optimizer_bytes, seconds, lr)

@@ -246,12 +246,12 @@ def logits(model: nn.Module, encoded: Examples, batch_size: int = 64) -> Tensor:
 
 def accuracy(model: nn.Module, encoded: Examples, batch_size: int = 64) -> float:
     """Share of examples whose largest logit is their label, 0…1."""
-    return share_right(logits(model, encoded, batch_size), encoded)
+    return share_right(logits(model, encoded, batch_size), torch.tensor(encoded.labels))
 
 
-def share_right(found: Tensor, encoded: Examples) -> float:
-    """Share of the rows of logits (rows, classes) that are largest at their label, 0…1."""
-    return (found.argmax(1) == torch.tensor(encoded.labels)).double().mean().item()
+def share_right(found: Tensor, labels: Tensor) -> float:
+    """Share of the rows of logits (rows, classes) that are largest at their label (rows,), 0…1."""
+    return (found.argmax(1) == labels).double().mean().item()
 
 
 @torch.no_grad()

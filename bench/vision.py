@@ -8,7 +8,6 @@ them, and 2,000 digits and two epochs are far from enough to saturate.
 import gzip
 import json
 import math
-import random
 import sys
 import zlib
 from collections.abc import Iterable
@@ -22,6 +21,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from jactus_kernels import JactusError
 
+from .data import shuffled_parts
 from .fetch import cached, package
 from .models import load_quietly
 from .training import Images, accuracy, faster_dtype, train
@@ -154,14 +154,7 @@ def _unique(images: Images, seen: Iterable[bytes] = ()) -> Images:
 
 def _shuffled_splits(images: Images, sizes: tuple[int, ...], seed: int, name: str) -> list[Images]:
     """Cut images, in an order fixed by `seed`, into consecutive disjoint splits of the given sizes."""
-    if len(images) < sum(sizes) or min(sizes) < 1:
-        raise JactusError(
-            f"{name}: {len(images)} different images cannot fill splits of {sizes}; are the files complete?"
-        )
-    order = list(range(len(images)))
-    random.Random(seed).shuffle(order)
-    starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    return [images.take(order[start : start + size]) for start, size in zip(starts, sizes)]
+    return [images.take(part) for part in shuffled_parts(len(images), sizes, seed, name)]
 
 
 def _digit(file: Path, digit: int) -> Images:

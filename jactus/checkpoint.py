@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from jactus_kernels import JactusError
 
 from . import storage
-from .layers import CoreLinear, compressed_layers
+from .layers import compressed_layers, core_layers
 from .loader import file_digest, own_name, record
 from .targets import fingerprint
 from .training import head_parameters
@@ -130,14 +130,14 @@ def _task_names(model: nn.Module) -> set[str]:
 
 def _core_names(model: nn.Module) -> set[str]:
     """Parameters that make up the cores, whether they train at the moment or not."""
-    layers = compressed_layers(model).items()
+    layers = core_layers(model).items()
     return {
         f"{name}.{key}" for name, layer in layers for key, _ in layer.named_parameters() if key in ("core", "block")
     }
 
 
 def _bases(model: nn.Module) -> dict[str, list[str]]:
-    layers = {n: layer for n, layer in compressed_layers(model).items() if isinstance(layer, CoreLinear)}
+    layers = core_layers(model)
     if not layers:
         raise JactusError(f"{type(model).__name__} has no three-factor layer, hence no cores to swap")
     return {name: [fingerprint(layer.U), fingerprint(layer.V)] for name, layer in layers.items()}

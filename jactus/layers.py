@@ -174,6 +174,11 @@ def compressed_layers(model: nn.Module) -> dict[str, LowRankLinear]:
     return {name: m for name, m in model.named_modules() if isinstance(m, LowRankLinear)}
 
 
+def core_layers(model: nn.Module) -> dict[str, CoreLinear]:
+    """Those of them that are three factors, with a core to train."""
+    return {name: m for name, m in compressed_layers(model).items() if isinstance(m, CoreLinear)}
+
+
 def refuse_compressed(model: nn.Module) -> None:
     """Raise JactusError when the model has low-rank layers already."""
     layers = compressed_layers(model)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .layers import CoreLinear, LowRankLinear, compressed_layers
+from .layers import LowRankLinear, compressed_layers, core_layers
 from .plan import Plan
 
 
@@ -28,11 +28,10 @@ def size(model: nn.Module) -> Size:
     parameters = list(model.parameters())
     trainable = [p for p in parameters if p.requires_grad]
     saved = 0
-    for layer in compressed_layers(model).values():
-        if isinstance(layer, CoreLinear):
-            own = sum(p.numel() for n, p in layer.named_parameters() if n != "bias")
-            m, n = layer.out_features, layer.in_features
-            saved += own - min(layer.rank * (m + n), m * n)
+    for layer in core_layers(model).values():
+        own = sum(p.numel() for n, p in layer.named_parameters() if n != "bias")
+        m, n = layer.out_features, layer.in_features
+        saved += own - min(layer.rank * (m + n), m * n)
     stored = sum(p.numel() for p in parameters)
     return Size(
         stored,

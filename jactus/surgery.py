@@ -8,7 +8,7 @@ from torch import nn
 from jactus_kernels import JactusError
 
 from .config import JactusConfig
-from .layers import CoreLinear, LowRankLinear, compressed_layers, replace_module
+from .layers import CoreLinear, LowRankLinear, compressed_layers, core_layers, replace_module
 from .loader import record
 from .plan import Plan, PlannedLayer
 from .planning import core_dtype
@@ -116,7 +116,7 @@ def fold(model: nn.Module) -> nn.Module:
             "fold ends training (a folded layer has no core to train) and the model is in training mode; call "
             "model.eval() first, and save a copy with jactus.save_pretrained if you want to train on"
         )
-    layers = {name: layer for name, layer in compressed_layers(model).items() if isinstance(layer, CoreLinear)}
+    layers = core_layers(model)
     if not layers:
         raise JactusError(f"{type(model).__name__} has no three-factor layer to fold; compress it first")
     for name, layer in layers.items():

@@ -7,7 +7,7 @@ from torch import nn
 
 from jactus_kernels import JactusError
 
-from .layers import CoreLinear, compressed_layers
+from .layers import core_layers
 from .loader import record
 from .targets import output_embedding, outside_base
 
@@ -20,8 +20,7 @@ def mark_trainable(model: nn.Module, extras: str | Sequence[str] = ("head",)) ->
     no module with parameters has.
     """
     extras = (extras,) if isinstance(extras, str) else tuple(extras)
-    cores = [layer for layer in compressed_layers(model).values() if isinstance(layer, CoreLinear)]
-    chosen = {id(layer.core if layer.block is None else layer.block) for layer in cores}
+    chosen = {id(layer.core if layer.block is None else layer.block) for layer in core_layers(model).values()}
     chosen |= {id(p) for extra in extras for p in _extra_parameters(model, extra).values()}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in chosen)
@@ -65,8 +64,7 @@ def _extra_parameters(model: nn.Module, extra: str) -> dict[str, nn.Parameter]:
     if extra == "head":
         return head_parameters(model)
     if extra == "bias":
-        layers = compressed_layers(model).items()
-        return {f"{name}.bias": x.bias for name, x in layers if isinstance(x, CoreLinear) and x.bias is not None}
+        return {f"{name}.bias": x.bias for name, x in core_layers(model).items() if x.bias is not None}
     modules = {name for name, _ in model.named_modules() if name == extra or name.endswith(f".{extra}")}
     everything = model.named_parameters(remove_duplicate=False)  # a tied weight has the name that was asked for, too
     found = {name: p for name, p in everything if name.rpartition(".")[0] in modules}

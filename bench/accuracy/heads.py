@@ -10,7 +10,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 import jactus
 
 from ..report import table, versions
-from ..training import Examples, batches
+from ..training import Examples, batches, share_right
 from .tasks import HEAD_L2, TASKS, TEXT
 
 PENALTIES = (1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
@@ -41,7 +41,7 @@ def features(model: nn.Module, examples: Examples) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def accuracy(probe: Probe, rows: dict[str, Tensor]) -> float:
-    return (probe(**rows).logits.argmax(1) == rows["labels"]).double().mean().item()
+    return share_right(probe(**rows).logits, rows["labels"])
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .methods import is_compressed, rates
+from .methods import EMBEDDINGS, is_compressed, rates
 from .store import Cell, Row
 from .tasks import LANGUAGES, TASKS, TEXT
 
@@ -12,27 +12,29 @@ SEEDS = (0, 1, 2)
 
 @dataclass(frozen=True)
 class Entry:
-    """A method at a budget on a task: its learning rates are tried with the first seed, the best goes on to the others."""
+    """A method at a budget on a task: its learning rates are tried with the first seed, the best goes on to the others.
+    Without a grid it runs at the rate chosen for `like`."""
 
     task: str
     method: str
     budget: float
     grid: tuple[float, ...]
     seeds: tuple[int, ...] = SEEDS
+    like: "Entry | None" = None
 
 
-def entry(task: str, method: str, budget: float, grid: tuple[float, ...] = (), seeds: tuple[int, ...] = SEEDS) -> Entry:
-    rate = TASKS[task].rate
-    return Entry(task, method, budget, tuple(rate * lr for lr in grid or rates(method)), seeds)
+def entry(task: str, method: str, budget: float, seeds: tuple[int, ...] = SEEDS) -> Entry:
+    """With the method's own grid."""
+    return Entry(task, method, budget, tuple(TASKS[task].rate * lr for lr in rates(method)), seeds)
+
+
+def varied(base: Entry, method: str) -> Entry:
+    """Another method in the place of `base`'s, at the learning rate chosen for that one."""
+    return Entry(base.task, method, base.budget, (), base.seeds, base)
 
 
 COMPRESSED = ("svd-llm+lora", "svd+lora", "asvd+lora", "fwsvd+lora", "cersa")
 WIDER = "jactus[core_width=2.0]"  # with about as many parameters to train as LoRA on two factors has
-# What full fine-tuning trains and adapters do not, at the rates that the comparison chose without it.
-EMBEDDED = {
-    ("jactus+embeddings", 0.8): {"sarcasm": 1e-3, "movies": 1e-3, "newsgroups": 2e-3},
-    ("lora+embeddings", 1.0): {"sarcasm": 2e-3, "movies": 2e-3, "newsgroups": 1e-3},
-}
 WHOLE = ("full", "lora", "dora", "pissa", "corda", "eva", "eigentune")
 
 
@@ -41,9 +43,9 @@ def comparison() -> Iterator[Entry]:
     for method, budget in (("jactus", 0.8), ("lora", 1.0), ("full", 1.0), ("dora", 1.0), ("jactus", 0.5), (WIDER, 0.5)):
         for task in TEXT:
             yield entry(task, method, budget)
-    for (method, budget), chosen in EMBEDDED.items():
+    for method, budget in (("jactus", 0.8), ("lora", 1.0)):  # with what full fine-tuning trains and adapters do not
         for task in TEXT:
-            yield entry(task, method, budget, (chosen[task],))
+            yield varied(entry(task, method, budget), method + EMBEDDINGS)
     for method in ("jactus", *COMPRESSED[:1], WIDER, *COMPRESSED[1:]):
         for task in TEXT:
             yield entry(task, method, 0.35)
@@ -120,35 +122,31 @@ DECISIVE = (
     "step_scaling=0",
     "calibration=64",
 )
-# Budget, settings and tasks, at the rates that the comparison chose for JACTUS.
-ABLATED: tuple[tuple[float, tuple[str, ...], dict[str, float]], ...] = (
-    (0.8, CHANGES, {"newsgroups": 2e-3, "sarcasm": 2e-3}),
-    (0.35, DECISIVE, {"newsgroups": 4e-3, "movies": 2e-3}),
-)
+ABLATED = ((0.8, CHANGES, ("newsgroups", "sarcasm")), (0.35, DECISIVE, ("newsgroups", "movies")))
 OWN_RATE = "coordinates=orthonormal"  # steps of other coordinates are of another size: they choose from the whole grid
 
 
 def ablations() -> Iterator[Entry]:
     """What decides the defaults: one setting changed at a time, the first seed of all before the others of any."""
-    for seeds in ((0,), SEEDS):
+    for seeds in (SEEDS[:1], SEEDS):
         for budget, changes, tasks in ABLATED:
-            for change in ("", *changes):
-                for task, lr in tasks.items():
-                    grid = () if OWN_RATE in change and budget < 0.8 else (lr,)
-                    yield entry(task, f"jactus[{change}]" if change else "jactus", budget, grid, seeds)
-    for lr in (1e-3, 4e-3, 8e-3):  # how wide the range of good learning rates is
-        for method in ("jactus", f"jactus[{OWN_RATE}]"):
-            yield entry("newsgroups", method, 0.8, (lr,), (0,))
+            for task in tasks:
+                yield entry(task, "jactus", budget, seeds)
+            for change in changes:
+                for task in tasks:
+                    method = f"jactus[{change}]"
+                    own = entry(task, method, budget, seeds)
+                    yield own if OWN_RATE in change else varied(entry(task, "jactus", budget, seeds), method)
 
 
 STAGES = {"comparison": comparison, "ablations": ablations, "language": language, "images": images}
 
 
 def chosen_rate(entry: Entry, rows: list[Row]) -> float | None:
-    """The only learning rate, or the best on validation rows with the first seed; None while some of the grid are still to
-    be tried. Rates beyond the grid count where they were tried."""
-    if len(entry.grid) == 1:
-        return entry.grid[0]
+    """The learning rate that is best on validation rows with the first seed; None while some of the grid are still to be
+    tried. Rates beyond the grid count where they were tried."""
+    if entry.like:
+        return chosen_rate(entry.like, rows)
     mine = (entry.task, entry.method, entry.budget, entry.seeds[0], "trained")
     tried = {r.lr: r for r in rows if (r.task, r.method, r.budget, r.seed, r.phase) == mine}
     if any(lr not in tried for lr in entry.grid):
@@ -168,7 +166,9 @@ def wanted(entries: list[Entry], rows: list[Row]) -> list[Cell]:
     cells: list[Cell] = []
     for e in entries:
         grid, lr = e.grid, chosen_rate(e, rows)
-        if lr is not None and len(grid) > 1:
+        if e.like:
+            grid = () if lr is None else (lr,)
+        elif lr is not None:
             grid = (*grid, lr / 2, 2 * lr)  # the neighbours of the best: of a grid's inner rate they are in it
         first = [Cell(e.task, e.method, e.budget, e.seeds[0], rate) for rate in grid]
         cells += first

@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from jactus import CoreLinear
-from jactus.layers import compressed_layers
+from jactus.layers import core_layers
 from jactus_kernels import JactusError
 
 # Rounding of a chain of three products: a few units in the last place of the dtype, over sums of up to 11,008 terms. The same
@@ -27,7 +26,7 @@ def relative(found: Tensor, right: Tensor) -> float:
 
 def layers(model: nn.Module, dtype: str) -> float:
     """The largest three-factor layer, forward and backward, against float64 products."""
-    found = [layer for layer in compressed_layers(model).values() if isinstance(layer, CoreLinear)]
+    found = list(core_layers(model).values())
     layer = max(found, key=lambda layer: layer.in_features * layer.out_features * layer.rank)
     device = layer.U.device
     generator = torch.Generator().manual_seed(0)

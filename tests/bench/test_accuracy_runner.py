@@ -1,7 +1,6 @@
 """The runner: rows survive, learning rates are chosen on validation rows, nothing is measured twice."""
 
 import dataclasses
-from pathlib import Path
 
 import pytest
 import torch
@@ -69,17 +68,15 @@ def test_of_equal_rates_the_grids_lowest_is_chosen_in_whatever_order_they_were_m
     assert chosen_rate(e, rows) == chosen_rate(e, rows[::-1]) == 1e-3
 
 
-def test_methods_with_embeddings_run_at_the_rates_chosen_without():
-    rows = files.read(Row, Path(__file__).parents[2] / "bench/results/accuracy.csv")
-    for (method, budget), rates in matrix.EMBEDDED.items():
-        for task in rates:
-            without = matrix.entry(task, method.removesuffix(methods.EMBEDDINGS), budget)
-            assert matrix.entry(task, method, budget, (rates[task],)).grid == (chosen_rate(without, rows),)
-
-
-def test_a_single_rate_is_never_widened():
-    e = Entry("sarcasm", "lora", 1.0, (1e-3,), (0, 1))
-    assert wanted([e], [row(lr=1e-3)]) == [Cell("sarcasm", "lora", 1.0, 1, 1e-3)]
+def test_a_variation_runs_at_the_rate_chosen_for_what_it_varies_and_waits_for_it():
+    base = Entry("sarcasm", "lora", 1.0, GRID, (0, 1))
+    varied = matrix.varied(base, "lora+embeddings")
+    rows = [row(lr=lr, validation=0.7 if lr == 2e-3 else 0.6) for lr in GRID]
+    assert wanted([varied], rows[:2]) == []
+    first = Cell("sarcasm", "lora+embeddings", 1.0, 0, 2e-3)
+    assert wanted([varied], rows) == [first]
+    rows.append(row("lora+embeddings", lr=2e-3))
+    assert wanted([varied], rows) == [dataclasses.replace(first, seed=1)]
 
 
 def test_a_lower_perplexity_is_the_better_one():
@@ -102,7 +99,7 @@ def test_every_entry_of_the_matrix_is_a_method_that_exists_and_no_grid_is_larger
             assert methods.variant(known) or known in methods.METHODS
             assert e.task in tasks.TASKS
             assert 0 < e.budget <= 1
-            assert len(e.grid) in (1, 3)
+            assert len((e.like or e).grid) == 3
     names = [(e.task, e.method, e.budget) for e in matrix.comparison()]
     assert {(t, m) for t, m, _ in names} >= {(t, m) for t in tasks.TEXT for m in methods.METHODS}
 

@@ -141,7 +141,7 @@ def test_splits_are_disjoint_repeatable_and_free_of_repeats():
     assert len({text for split in first for text in split.texts}) == 80
     assert first == data.shuffled_splits(rows, (40, 20, 20), 0, "toy")
     assert first != data.shuffled_splits(rows, (40, 20, 20), 1, "toy")
-    with pytest.raises(JactusError, match="80 different rows"):
+    with pytest.raises(JactusError, match="80 different examples"):
         data.shuffled_splits(rows, (40, 20, 21), 0, "toy")
 
 

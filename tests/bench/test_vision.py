@@ -103,7 +103,7 @@ def test_digits_come_back_whole_from_both_formats(tmp_path):
 def test_bad_image_files_are_refused_by_name(tmp_path):
     pixels, labels = pictures(20)
     write_json(tmp_path, pixels, labels)
-    with pytest.raises(JactusError, match=r"20 different images cannot fill splits of \(30, 10, 20\)"):
+    with pytest.raises(JactusError, match=r"20 different examples cannot fill splits of \(30, 10, 20\)"):
         vision.mnist_digits(tmp_path, sizes=(30, 10, 20))
     (tmp_path / "7.json").write_text('{"data": [0, 1, 0.5]}')
     with pytest.raises(JactusError, match=r"7\.json: holds values of shape \(3,\)"):
@@ -150,7 +150,9 @@ def test_a_vit_learns_and_is_measured_on_images():
     alone = torch.cat([model(images.batch([i])["pixel_values"]).logits for i in range(16)])
     # float32 sums in other batch sizes: some ε per layer
     torch.testing.assert_close(found[:16], alone.detach(), rtol=1e-4, atol=1e-5)
-    assert training.share_right(found, images) == training.accuracy(model, images, 100) > 0.9 > before
+    assert (
+        training.share_right(found, torch.tensor(images.labels)) == training.accuracy(model, images, 100) > 0.9 > before
+    )
     assert 0 < training.latency(model, images.batch(range(8)), repeats=3) < 10
 
 
