@@ -17,6 +17,7 @@ from jactus.targets import find_targets
 from jactus.training import head_parameters
 from tests.models import BERT, BY_NAME, GPT2, LLAMA, VIT
 
+FULL = ("full", "full[linears]")
 ADAPTERS = ("lora", "dora", "pissa", "corda", "eva", "eigentune")
 BUDGETS = (0.8, 0.5, 0.3)
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT's use of transformers
@@ -129,7 +130,7 @@ def test_budgets_are_met_and_used(budget, family):
     targets = find_targets(dense, JactusConfig()).values()
     counted = sum(t.m * t.n for t in targets)
     others = jactus.size(dense).stored - counted
-    for name in [n for n in METHODS if n not in ("full", *ADAPTERS)]:
+    for name in [n for n in METHODS if n not in (*FULL, *ADAPTERS)]:
         spent = peers.sizes(METHODS[name](family.model(), context(family), budget)).folded - others
         assert spent <= budget * counted
         if name != "cersa":
@@ -175,7 +176,7 @@ def test_cersa_takes_the_largest_common_energy_that_fits(budget):
 
 
 @pytest.mark.parametrize("family", [VIT, LLAMA], ids=lambda f: f.name)
-@pytest.mark.parametrize("name", [n for n in METHODS if n not in ("full", "cersa")])
+@pytest.mark.parametrize("name", [n for n in METHODS if n not in (*FULL, "cersa")])
 def test_training_starts_from_the_same_function(name, family):
     model, known = family.model(), context(family)
     base = name.removesuffix("+lora")
@@ -188,7 +189,7 @@ def test_training_starts_from_the_same_function(name, family):
 
 
 @pytest.mark.parametrize("family", [VIT, LLAMA], ids=lambda f: f.name)
-@pytest.mark.parametrize("name", [n for n in METHODS if n != "full"])
+@pytest.mark.parametrize("name", [n for n in METHODS if n not in FULL])
 def test_only_adapters_and_the_head_train(name, family):
     dense = family.model()
     heads = sum(p.numel() for p in head_parameters(dense).values())
@@ -215,6 +216,13 @@ def test_only_adapters_and_the_head_train(name, family):
 def test_full_fine_tuning_trains_everything():
     model = METHODS["full"](VIT.model().requires_grad_(False), context(VIT), 1.0)
     assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("family", [VIT, LLAMA], ids=lambda f: f.name)
+def test_full_fine_tuning_of_linears_trains_their_weights_and_the_head(family):
+    model = METHODS["full[linears]"](family.model(), context(family), 1.0)
+    wanted = {f"{name}.weight" for name in find_targets(model, JactusConfig())} | set(head_parameters(model))
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == wanted
 
 
 @pytest.mark.parametrize("family", [VIT, LLAMA], ids=lambda f: f.name)

@@ -54,6 +54,15 @@ def full(model: nn.Module, context: Context, budget: float = 1.0) -> nn.Module:
     return full_fine_tuning(model)
 
 
+def linears(model: nn.Module, context: Context, budget: float = 1.0) -> nn.Module:
+    """Full fine-tuning of nothing but what JACTUS would replace, and the head: no embeddings, norms or biases."""
+    model.requires_grad_(False)
+    chosen = [target.module.get_parameter("weight") for target in find_targets(model, JactusConfig()).values()]
+    for parameter in (*chosen, *head_parameters(model).values()):
+        parameter.requires_grad_(True)
+    return model
+
+
 def plain_lora(model: nn.Module, context: Context, budget: float = 1.0) -> PeftModel:
     """LoRA, α = 2r."""
     return _seeded_lora(model, context)
@@ -169,6 +178,7 @@ def cersa(model: nn.Module, context: Context, budget: float) -> nn.Module:
 
 METHODS: dict[str, Method] = {
     "full": full,
+    "full[linears]": linears,
     "lora": plain_lora,
     "dora": dora,
     "pissa": pissa,
