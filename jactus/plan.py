@@ -62,7 +62,7 @@ class PlannedLayer:
             # FLOPs are 2 a parameter and token; layers differ in how many tokens reach them
             each = 2 * self.tokens if config.budget_unit == "flops" else 1
             cost, dense = parameters(m, n, ranks, folded) * each, m * n * each
-        ends_dense = config.leave_dense or not len(ranks)
+        ends_dense = config.leave_dense or config.full_rank or not len(ranks)
         if ends_dense:
             ranks, cost, gain = np.append(ranks, min(m, n)), np.append(cost, dense), np.append(gain, kept[-1])
         return Offer(self.name, ranks, cost.astype(float), gain, ends_dense, float(dense))
@@ -86,17 +86,26 @@ class PlannedLayer:
         shorter, longer = sorted((self.m, self.n))
         return shorter * self.width(rank, config) + longer * rank + self.core_parameters(rank, config)
 
+    def folded_parameters(self, rank: int) -> int:
+        """What is deployed at a rank: the two factors, or the dense layer where they would be larger."""
+        return min(parameters(self.m, self.n, rank, folded=True), self.m * self.n)
+
     def seconds(self, rank: int | None) -> float:
-        """What a call of the layer takes at a rank (None: dense). Raises JactusError where that was not measured."""
-        return self._timed.dense if rank is None else float(self._timed.at(np.array([rank]))[0])
+        """What a call of the layer takes, folded, at a rank (None: dense). Raises JactusError where that was not measured."""
+        dense = rank is None or self.is_full(rank)
+        return self._timed.dense if dense else float(self._timed.at(np.array([rank]))[0])
+
+    def is_full(self, rank: int) -> bool:
+        """Whether that is the layer's full rank, which has all directions and folds to a dense layer."""
+        return rank == min(self.m, self.n)
 
     def weight_rank(self, rank: int, config: JactusConfig) -> int:
         """How many of `rank` directions a side are weight directions."""
-        return rank - task_rank(rank, self.share(config))
+        return rank - task_rank(rank, self.share(rank, config))
 
-    def share(self, config: JactusConfig) -> float:
-        """The part of the rank that goes to task directions: none where the layer has none."""
-        return config.union_share if self.directions.task_core.numel() else 0.0
+    def share(self, rank: int, config: JactusConfig) -> float:
+        """The part of a rank that goes to task directions: none where the layer has none, or all directions anyway."""
+        return config.union_share if self.directions.task_core.numel() and not self.is_full(rank) else 0.0
 
 
 def core_width(rank: int, m: int, n: int, config: JactusConfig) -> int:
@@ -139,8 +148,8 @@ class Plan:
 
     @property
     def folded_parameters(self) -> int:
-        """Weights of the targeted layers once folded: Σ r(m+n), dense layers in full."""
-        return self._total(lambda layer, rank: parameters(layer.m, layer.n, rank, folded=True))
+        """Weights of the targeted layers once folded: Σ r(m+n), layers that are dense then in full."""
+        return self._total(PlannedLayer.folded_parameters)
 
     @property
     def core_parameters(self) -> int:
@@ -223,10 +232,11 @@ def with_ranks(plan: Plan) -> Plan:
             )
         fraction = min(fraction, 1.0)
     budget = fraction * sum(o.dense_cost for o in offers)
+    whole = {name: min(layer.m, layer.n) if config.full_rank else None for name, layer in plan.layers.items()}
     if fraction >= 1:  # nothing to save, and dense is exact
-        return replace(plan, ranks=dict.fromkeys(plan.layers))
+        return replace(plan, ranks=whole)
     chosen = allocate(offers, budget, fraction, config.allocation == "uniform", config.rank_floor)
-    ranks = {o.name: None if o.is_dense(c) else int(o.ranks[c]) for o, c in zip(offers, chosen)}
+    ranks = {o.name: whole[o.name] if o.is_dense(c) else int(o.ranks[c]) for o, c in zip(offers, chosen)}
     return replace(plan, ranks=ranks)
 
 

@@ -32,7 +32,7 @@ def plan(
             f"plan takes (model, statistics, config), got ({type(model).__name__}, {type(statistics).__name__}, …)"
         )
     if config.leave_dense is None:
-        config = config.replace(leave_dense=output_embedding(model) is not None)
+        config = config.replace(leave_dense=not config.full_rank and output_embedding(model) is not None)
     targets = find_targets(model, config)
     needs_any = config.needs_input or config.needs_output or config.needs_gradient
     if statistics is None and needs_any:
@@ -114,7 +114,7 @@ def _plan_layer(
             weight,
             metric_G,
             metric_A,
-            keep=core_width(most, target.m, target.n, config),
+            keep=min(target.m, target.n) if config.full_rank else core_width(most, target.m, target.n, config),
             tasks=task_rank(most, config.union_share) if config.task_sources else 0,
             output_covariance=G if by_covariance else None,
             input_covariance=A if by_covariance else None,

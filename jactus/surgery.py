@@ -78,7 +78,7 @@ def core_linear_from(
     weight: torch.Tensor = old.weight  # type: ignore[assignment]
     width = layer.width(rank, config)
     # A core of which only the leading block trains has the directions for learning lead.
-    U, C, V = layer.directions.factors(rank, layer.share(config), config.trainable_rank is not None, width)
+    U, C, V = layer.directions.factors(rank, layer.share(rank, config), config.trainable_rank is not None, width)
     extra = config.coordinate_damping - config.damping
     whiten = config.coordinates == "fisher"
     U, C, V = change_coordinates(U, C, V, whiten, extra * layer.scales[0], extra * layer.scales[1])

@@ -28,6 +28,7 @@ SMALL = JactusConfig(
 )
 EVERY = SMALL.replace(leave_dense=False, budget=0.7)  # no target stays dense
 WIDE = EVERY.replace(accounting="folded", core_width=1.5)
+FULL = EVERY.replace(accounting="folded", full_rank=True)  # some layers have low rank, and some their full one
 
 
 @dataclass(frozen=True)

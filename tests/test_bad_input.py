@@ -42,6 +42,9 @@ def calibrate(model, batches, config=SMALL, **kwargs):
         {"coordinates": "polar"},
         {"step_scaling": 2.0},
         {"leave_dense": 1},
+        {"full_rank": 1, "accounting": "folded"},
+        {"full_rank": True},  # three factors of full rank are larger than dense
+        {"full_rank": True, "accounting": "folded", "leave_dense": True},
         {"coordinate_damping": 0.001},
         {"allocation": "best"},
         {"rank_floor": -1},

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 import jactus
 from jactus import JactusError
-from tests.models import BERT, EVERY, FAMILIES, GPT2, LLAMA, SMALL, WIDE, compressed, planned
+from tests.models import BERT, EVERY, FAMILIES, FULL, GPT2, LLAMA, SMALL, WIDE, compressed, planned
 
 resource = pytest.importorskip("resource", reason="file size limits are a POSIX matter")
 
@@ -228,7 +228,9 @@ def test_the_models_own_save_after_a_reload_reloads(tmp_path):
 
 
 @pytest.mark.parametrize("family", [BERT, LLAMA, GPT2], ids=lambda f: f.name)
-@pytest.mark.parametrize("config", [EVERY, EVERY.replace(trainable_rank=2), WIDE], ids=["square", "block", "wide"])
+@pytest.mark.parametrize(
+    "config", [EVERY, EVERY.replace(trainable_rank=2), WIDE, FULL], ids=["square", "block", "wide", "full"]
+)
 def test_two_tasks_swap_on_the_same_bases(family, config, tmp_path):
     model = compressed(family, config)
     found = {}

@@ -10,7 +10,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 import jactus
 from jactus import JactusError
 from jactus.layers import CoreLinear, FoldedLinear, compressed_layers
-from tests.models import BERT, BY_NAME, EVERY, FAMILIES, GPT2, LLAMA, SMALL, T5, WIDE, cast, compressed, planned
+from tests.models import BERT, BY_NAME, EVERY, FAMILIES, FULL, GPT2, LLAMA, SMALL, T5, WIDE, cast, compressed, planned
 
 families = pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
 HEADS = {"bert": {"classifier.weight", "classifier.bias"}, "vit": {"classifier.weight", "classifier.bias"}}
@@ -32,7 +32,7 @@ def saved_and_reloaded(model, family, path):
 
 
 @families
-@pytest.mark.parametrize("config", [EVERY, WIDE], ids=["square", "wide"])
+@pytest.mark.parametrize("config", [EVERY, WIDE, FULL], ids=["square", "wide", "full rank"])
 def test_exactly_cores_and_extras_train_and_one_step_lowers_the_loss(family, config):
     model = compressed(family, config)
     layers = compressed_layers(model)
@@ -69,7 +69,7 @@ def test_what_is_not_planned_is_bit_identical_after_compress(family):
 
 
 @families
-@pytest.mark.parametrize("config", [EVERY, WIDE], ids=["square", "wide"])
+@pytest.mark.parametrize("config", [EVERY, WIDE, FULL], ids=["square", "wide", "full rank"])
 def test_every_form_and_its_reload_compute_the_same(family, config, tmp_path):
     # in float64, so that only a wrong formula can show: rounding is some 1e-14 over two blocks
     model = compressed(family, config, torch.float64)
@@ -107,7 +107,7 @@ def test_a_merged_model_saves_as_a_plain_checkpoint(family, tmp_path):
     assert {type(m) for m in again.modules()} == {type(m) for m in family.model().modules()}
 
 
-@pytest.mark.parametrize("config", [EVERY, WIDE], ids=["square", "wide"])
+@pytest.mark.parametrize("config", [EVERY, WIDE, FULL], ids=["square", "wide", "full rank"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @families
 def test_half_precision_bases_and_float32_cores_survive_a_reload(family, dtype, config, tmp_path):

@@ -6,12 +6,12 @@ import torch
 import jactus
 from jactus.layers import compressed_layers
 from jactus_kernels import use
-from tests.models import BERT, EVERY, FAMILIES, LLAMA, WIDE
+from tests.models import BERT, EVERY, FAMILIES, FULL, LLAMA, WIDE
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 BACKENDS = pytest.mark.parametrize("backend", ["auto", "triton", "torch"])
 families = pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
-configs = pytest.mark.parametrize("config", [EVERY, WIDE], ids=["square", "wide"])
+configs = pytest.mark.parametrize("config", [EVERY, WIDE, FULL], ids=["square", "wide", "full rank"])
 
 
 def relative(found, right):

@@ -151,7 +151,7 @@ def test_uniform_ranks_use_what_dense_layers_leave():
     assert allocate([*dense, *steps], 3.6, 0.9, True, 0) == [0, 0, 1, 1]
 
 
-@pytest.mark.parametrize("changes", [{"allocation": "uniform"}, {"leave_dense": True}])
+@pytest.mark.parametrize("changes", [{"allocation": "uniform"}, {"leave_dense": True}, {"full_rank": True}])
 def test_a_time_is_kept_under_every_allocation(monkeypatch, changes):
     monkeypatch.setattr("jactus.planning.measured", invented)
     model = BERT.model()

@@ -24,17 +24,26 @@ def planned(bert, **changes):
     return jactus.plan(model, statistics, SMALL.replace(**changes), progress=False)
 
 
-@pytest.mark.parametrize(("accounting", "width"), [("three_factor", 1), ("folded", 1), ("folded", 1.6), ("folded", 9)])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"accounting": "three_factor"},
+        {"accounting": "folded"},
+        {"accounting": "folded", "core_width": 1.6},
+        {"accounting": "folded", "core_width": 9},
+        {"accounting": "folded", "full_rank": True},
+        {"accounting": "folded", "full_rank": True, "core_width": 1.6},
+    ],
+)
 @pytest.mark.parametrize("allocation", ["global", "uniform"])
 @pytest.mark.parametrize("budget", [1.0, 0.8, 0.5, 0.35])
-def test_counts_are_those_of_the_compressed_model(bert, accounting, width, allocation, budget):
-    changes = {"accounting": accounting, "allocation": allocation, "rank_multiple": 1, "core_width": width}
-    plan = planned(bert, **changes).at(budget)
+def test_counts_are_those_of_the_compressed_model(bert, more, allocation, budget):
+    plan = planned(bert, **more, allocation=allocation, rank_multiple=1).at(budget)
     model = copy.deepcopy(bert[0])
     before = jactus.size(model).stored
     jactus.compress(model, plan)
     after = jactus.size(model)
-    spent = plan.stored_parameters if accounting == "three_factor" else plan.folded_parameters
+    spent = plan.stored_parameters if more["accounting"] == "three_factor" else plan.folded_parameters
     assert spent <= budget * plan.dense_parameters
     assert before - after.stored == plan.dense_parameters - plan.stored_parameters
     assert before - after.folded == plan.dense_parameters - plan.folded_parameters
@@ -127,12 +136,43 @@ def test_a_wider_core_computes_what_a_square_one_does_or_better_and_folds_to_the
     assert jactus.size(jactus.fold(wide.eval())).stored == jactus.size(jactus.fold(square.eval())).stored
 
 
+def test_full_rank_is_dense_in_other_coordinates(bert):
+    """At a budget of 1 nothing is lost, nothing is frozen, and folding gives the dense layers back."""
+    model = bert[0]
+    plan = planned(bert, accounting="folded", full_rank=True, budget=1.0)
+    assert plan.predicted_loss == 0
+    full = jactus.compress(copy.deepcopy(model), plan)
+    layers = compressed_layers(full)
+    assert set(layers) == set(plan.layers)
+    for name, layer in layers.items():
+        W = model.get_submodule(name).weight
+        assert layer.core.shape == (min(W.shape),) * 2
+        # float32 storage of three factors whose bases are whitened: conditions of 1/√coordinate_damping and so of about 1
+        torch.testing.assert_close(layer.dense_weight(), W, rtol=0, atol=1e-5 * float(W.abs().max()))
+        assert layer.core.requires_grad
+    jactus.fold(full.eval())
+    assert not compressed_layers(full)
+    assert jactus.size(full).stored == jactus.size(model).stored
+
+
+def test_full_rank_is_had_where_a_layer_would_have_stayed_dense(bert):
+    frozen = planned(bert, accounting="folded", leave_dense=True, budget=0.8)
+    full = planned(bert, accounting="folded", full_rank=True, budget=0.8)
+    whole = {name for name, rank in frozen.ranks.items() if rank is None}
+    assert 0 < len(whole) < len(frozen.ranks)
+    assert {name for name, layer in full.layers.items() if full.ranks[name] == min(layer.m, layer.n)} == whole
+    assert all(full.ranks[name] == frozen.ranks[name] for name in set(frozen.ranks) - whole)
+    assert full.predicted_loss == pytest.approx(frozen.predicted_loss)
+    assert full.folded_parameters == frozen.folded_parameters <= 0.8 * full.dense_parameters
+    assert full.core_parameters > frozen.core_parameters
+
+
 def test_a_plan_whose_configuration_was_changed_leaves_the_model_untouched(bert):
     plan = planned(bert, accounting="folded", rank_multiple=1, budget=0.8)
-    changed = plan.with_config(core_width=1.5, budget=0.6)
     model = copy.deepcopy(bert[0])
-    with pytest.raises(JactusError, match="directions a side"):
-        jactus.compress(model, changed)
+    for changes in ({"core_width": 1.5, "budget": 0.6}, {"full_rank": True}):
+        with pytest.raises(JactusError, match="directions a side"):
+            jactus.compress(model, plan.with_config(**changes))
     assert not compressed_layers(model)
 
 
@@ -220,6 +260,8 @@ def test_unless_told_otherwise_layers_stay_dense_in_language_models_only(family,
     told = config.replace(metric="identity", union=("weight",), leave_dense=not dense)
     chosen = jactus.plan(model, None, told, progress=False)
     assert chosen.config.leave_dense is not dense
+    full = told.replace(leave_dense=None, full_rank=True, accounting="folded")
+    assert jactus.plan(model, None, full, progress=False).config.leave_dense is False
 
 
 def test_layers_the_gradient_reaches_more_strongly_move_faster(bert):

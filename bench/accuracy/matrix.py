@@ -28,19 +28,27 @@ def entry(task: str, method: str, budget: float, seeds: tuple[int, ...] = SEEDS)
     return Entry(task, method, budget, tuple(TASKS[task].rate * lr for lr in rates(method)), seeds)
 
 
-def varied(base: Entry, method: str, budget: float | None = None) -> Entry:
-    """Another method (and budget) in the place of `base`'s, at the learning rate chosen for that one."""
-    return Entry(base.task, method, budget or base.budget, (), base.seeds, base)
+def varied(base: Entry, method: str) -> Entry:
+    """Another method in the place of `base`'s, at the learning rate chosen for that one."""
+    return Entry(base.task, method, base.budget, (), base.seeds, base)
 
 
 COMPRESSED = ("svd-llm+lora", "svd+lora", "asvd+lora", "fwsvd+lora", "cersa")
+FULL_RANK = "jactus[full_rank=True]"
 WIDER = "jactus[core_width=2.0]"  # with about as many parameters to train as LoRA on two factors has
 WHOLE = ("full", "lora", "dora", "pissa", "corda", "eva", "eigentune")
 
 
 def comparison() -> Iterator[Entry]:
     """JACTUS and its peers: first what the headline claims need, then the rest."""
-    for method, budget in (("jactus", 0.8), ("lora", 1.0), ("full", 1.0), ("dora", 1.0), ("jactus", 0.5), (WIDER, 0.5)):
+    for method, budget in (
+        ("jactus", 0.8),
+        ("lora", 1.0),
+        ("full", 1.0),
+        ("dora", 1.0),
+        (FULL_RANK, 0.8),
+        ("jactus", 0.5),
+    ):
         for task in TEXT:
             yield entry(task, method, budget)
     for method, budget in (("jactus", 0.8), ("lora", 1.0)):  # with what full fine-tuning trains and adapters do not
@@ -48,10 +56,13 @@ def comparison() -> Iterator[Entry]:
             yield varied(entry(task, method, budget), method + EMBEDDINGS)
     for task in TEXT:  # where full fine-tuning's lead is from: what else it trains, or the rank
         yield varied(entry(task, "full", 1.0), "full[linears]")
-        yield varied(entry(task, "jactus", 0.8), "jactus[cores=whole]", 1.0)
+        yield entry(task, FULL_RANK, 1.0)
     for method in ("jactus", *COMPRESSED[:1], WIDER, *COMPRESSED[1:]):
         for task in TEXT:
             yield entry(task, method, 0.35)
+    for method in (FULL_RANK, WIDER):
+        for task in TEXT:
+            yield entry(task, method, 0.5)
     for method in WHOLE[3:]:
         for task in TEXT:
             yield entry(task, method, 1.0)

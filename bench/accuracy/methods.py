@@ -3,8 +3,7 @@
 
 import ast
 import re
-import sys
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import torch
 from torch import nn
@@ -35,9 +34,8 @@ OWN = ("calibration", "head", "cores")  # settings of a Variant that are not fie
 @dataclass(frozen=True)
 class Variant:
     """JACTUS with `changes` of its configuration; `calibration` examples (None: the task's own number); `head` 'fitted'
-    before calibration or 'random'; `cores`, instead of the budget: 'uniform' takes as many core parameters as uniform
-    ranks have at it, 'whole' the full rank of every layer, to see what low rank costs: such cores can become whatever
-    training the layers themselves could."""
+    before calibration or 'random'; `cores`: 'uniform' takes, instead of the budget, as many core parameters as uniform
+    ranks have at it."""
 
     changes: dict
     calibration: int | None = None
@@ -45,9 +43,9 @@ class Variant:
     cores: str = ""
 
     def __post_init__(self) -> None:
-        if self.head not in ("fitted", "random") or self.cores not in ("", "uniform", "whole"):
+        if self.head not in ("fitted", "random") or self.cores not in ("", "uniform"):
             raise JactusError(
-                f"head={self.head!r}, cores={self.cores!r}: head is 'fitted' or 'random', cores 'uniform' or 'whole'"
+                f"head={self.head!r}, cores={self.cores!r}: head is 'fitted' or 'random', cores 'uniform'"
             )
 
     @property
@@ -113,15 +111,9 @@ def build(method: str, model: nn.Module, context: Context, budget: float) -> nn.
             raise JactusError(f"no method {method!r}; known are jactus, jactus[field=value,…], {', '.join(METHODS)}")
         return METHODS[method](model, context, budget)
     torch.manual_seed(context.seed)
-    config = chosen.config.replace(budget=budget)
-    if chosen.cores == "whole":
-        # every direction is kept where a core may be that long, and a union adds nothing to all of them
-        config = config.replace(core_width=sys.float_info.max, rank_multiple=1, union_share=0.0)
-    plan = jactus.plan(model, context.statistics, config, progress=False)
+    plan = jactus.plan(model, context.statistics, chosen.config.replace(budget=budget), progress=False)
     if chosen.cores == "uniform":
         plan = with_as_many_cores(plan, plan.with_config(allocation="uniform").core_parameters)
-    if chosen.cores == "whole":
-        plan = replace(plan, ranks={name: min(layer.m, layer.n) for name, layer in plan.layers.items()})
     return jactus.compress(model, plan)
 
 

@@ -8,10 +8,8 @@ from transformers import BertConfig
 
 import jactus
 from bench import rows as files
-from bench import training
 from bench.accuracy import cell, figures, grouped, matrix, methods, tasks
 from bench.accuracy.matrix import Entry, chosen_rate, wanted
-from bench.accuracy.peers import Context
 from bench.accuracy.store import Cell, Row
 from bench.models import MeanPooledClassifier
 from bench.training import Encoded
@@ -216,23 +214,6 @@ def test_cores_can_be_made_as_many_as_uniform_ranks_have(tiny):
     found = methods.with_as_many_cores(plan, wanted)
     assert found.core_parameters <= wanted < plan.at(found.config.budget + 0.05).core_parameters
     assert found.config.allocation == "global"
-
-
-def test_whole_cores_are_the_layers_themselves_in_other_coordinates(tiny):
-    task = tasks.TASKS["tiny"]
-    case = task.load()
-    statistics = tasks.calibrated(task, case, 64, 0, "fitted", None)
-    before = training.logits(case.model, case.test)
-    weights = {name: m.weight.clone() for name, m in case.model.named_modules() if isinstance(m, torch.nn.Linear)}
-    model = methods.build("jactus[cores=whole]", case.model, Context(statistics, [], 0), 1.0)
-    layers = jactus.layers.core_layers(model)
-    assert len(layers) == 12
-    for name, layer in layers.items():
-        m, n = weights[name].shape
-        assert layer.core.shape == (min(m, n), min(m, n))
-        # the products' rounding, over whitened bases of condition 1/damping at most
-        torch.testing.assert_close(layer.dense().weight, weights[name], rtol=1e-3, atol=1e-5)
-    torch.testing.assert_close(training.logits(model, case.test), before, rtol=1e-3, atol=1e-4)
 
 
 def test_stacked_layers_are_preserved_best_when_they_read_the_same_directions():
