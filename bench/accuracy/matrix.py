@@ -144,13 +144,13 @@ def ablations() -> Iterator[Entry]:
     """What decides the defaults: one setting changed at a time, the first seed of all before the others of any."""
     for seeds in (SEEDS[:1], SEEDS):
         for budget, changes, tasks in ABLATED:
-            for task in tasks:
-                yield entry(task, "jactus", budget, seeds)
+            defaults = [entry(task, "jactus", budget, seeds) for task in tasks]
+            yield from defaults
             for change in changes:
-                for task in tasks:
+                for base in defaults:
                     method = f"jactus[{change}]"
-                    own = entry(task, method, budget, seeds)
-                    yield own if OWN_RATE in change else varied(entry(task, "jactus", budget, seeds), method)
+                    tuned = OWN_RATE in change
+                    yield entry(base.task, method, budget, seeds) if tuned else varied(base, method)
 
 
 STAGES = {"comparison": comparison, "ablations": ablations, "language": language, "images": images}
