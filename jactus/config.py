@@ -84,17 +84,17 @@ class JactusConfig:
         None,
         "Whether a layer may stay dense where that preserves more per unit of cost than rank elsewhere; None: in language "
         "models, whose loss is to be preserved, and not where a task head trains, since a dense layer has no core to adapt "
-        "with (both measured). A plan says which it was. (A budget of 1 is dense, or of full rank.)",
+        "with (both measured). (A budget of 1 is dense, or of full rank.)",
     )
     full_rank: bool = option(
         False,
         "Whether a layer may have its full rank where that preserves more per unit of cost than rank elsewhere (our choice, "
         "measured). It costs what the dense layer costs and folds to one, but until then it has a core as long as the layer's "
-        "shorter side, which trains: more to store and to optimize, for more to learn with and no frozen layer. In the place "
-        "of leave_dense; needs accounting='folded'.",
+        "shorter side, and longer by the task's directions on the other, which trains: more to store and to optimize, for more "
+        "to learn with and no frozen layer. In the place of leave_dense; needs accounting='folded' and no trainable_rank.",
     )
     rank_multiple: int = option(
-        16, "Ranks are multiples of this, so that rows stay aligned for tiles and vector loads."
+        16, "Ranks (but full ones) are multiples of this, so that rows stay aligned for tiles and vector loads."
     )
 
     statistics_dtype: str = option("float32", "'float32' or 'float64': the dtype the covariances are summed in.")
@@ -158,7 +158,10 @@ class JactusConfig:
             "rank_floor": _whole(self.rank_floor) or (_number(self.rank_floor) and self.rank_floor <= 1),
             "leave_dense": self.leave_dense is None or isinstance(self.leave_dense, bool),
             "full_rank": isinstance(self.full_rank, bool)
-            and (not self.full_rank or (self.accounting == "folded" and not self.leave_dense)),
+            and (
+                not self.full_rank
+                or (self.accounting == "folded" and not self.leave_dense and self.trainable_rank is None)
+            ),
             "rank_multiple": _whole(self.rank_multiple) and self.rank_multiple >= 1,
             "statistics_dtype": self.statistics_dtype in ("float32", "float64"),
             "statistics_device": self.statistics_device is None or _is_device(self.statistics_device),

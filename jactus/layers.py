@@ -10,6 +10,8 @@ from transformers.pytorch_utils import Conv1D
 import jactus_kernels as kernels
 from jactus_kernels import JactusError
 
+from .subspace import core_shape
+
 
 class LowRankLinear(nn.Module, ABC):
     """What both have in common: shapes, whether a Conv1D stood here, and a stand-in for `.weight`."""
@@ -34,18 +36,24 @@ class LowRankLinear(nn.Module, ABC):
         return stand_in
 
     @abstractmethod
-    def dense_weight(self) -> Tensor:
-        """W (m, n), multiplied out in float64, in the dtype of the factors."""
+    def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """W (m, n), multiplied out in float64, in `dtype` (None: that of the factors)."""
 
-    def dense(self) -> nn.Module:
-        """The Linear (or Conv1D) that computes the same function."""
+    def dense(self, model_dtype: torch.dtype | None = None) -> nn.Module:
+        """The Linear (or Conv1D) that computes the same function.
+
+        Unlike this layer it does not cast, so it takes the dtype of what is around it: the bias's, which is the replaced
+        layer's, or else the wider of the factors' and the model's.
+        """
         layer: Any
         with torch.device("meta"):
             if self.transposed:
                 layer = Conv1D(self.out_features, self.in_features)
             else:
                 layer = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
-        weight = self.dense_weight()
+        factors = next(self.parameters()).dtype
+        dtype = torch.promote_types(factors, model_dtype or factors) if self.bias is None else self.bias.dtype
+        weight = self.dense_weight(dtype)
         layer.weight = nn.Parameter(weight.T.contiguous() if self.transposed else weight)
         layer.bias = self.bias
         return layer.train(self.training)
@@ -58,8 +66,9 @@ class CoreLinear(LowRankLinear):
     """y = x (U C Vᵀ)ᵀ + b, with U (m, r) and V (n, r) frozen and the core C (r, r) trainable.
 
     With a `width` p > r the side with fewer rows has p columns and the core is (p, r) or (r, p): more to train for the same
-    folded layer. With many tokens C is then multiplied into that side first, p·r·min(m, n) multiply-adds a call; with few,
-    all three products are of tokens. Fold before generating.
+    folded layer; at r = min(m, n) it is the other side, since that one has every direction. With many tokens C is then
+    multiplied into the wide side first, p·r multiply-adds a row and call; with few, all three products are of tokens. Fold
+    before generating.
     With `trainable_rank` k < r only the leading k×k block of C is trained, as an offset `block` (k, k) to it.
     The core may be stored wider than the bases (float32 beside bfloat16): all compute in the input's dtype.
     """
@@ -83,7 +92,7 @@ class CoreLinear(LowRankLinear):
                 f"CoreLinear({m}, {n}, rank={rank}): width={width} must be at least the rank, and without trainable_rank "
                 f"(got {trainable_rank}) if it is more"
             )
-        p, q = (width, rank) if m <= n else (rank, width)
+        p, q = core_shape(m, n, rank, width)
         self.U = nn.Parameter(torch.empty(m, p, dtype=dtype), requires_grad=False)
         self.V = nn.Parameter(torch.empty(n, q, dtype=dtype), requires_grad=False)
         self.core = nn.Parameter(torch.empty(p, q, dtype=core_dtype or dtype))
@@ -104,8 +113,8 @@ class CoreLinear(LowRankLinear):
     def forward(self, input: Tensor) -> Tensor:
         U, C, V, bias = in_dtype_of(input, self.U, self.effective_core, self.V, self.bias)
         p, q = C.shape
-        short = min(self.out_features, self.in_features)
-        if p == q or input.numel() // self.in_features * (p * q + abs(p - q) * short) <= p * q * short:
+        rows = self.out_features if p > q else self.in_features  # of the side that the core would be multiplied into
+        if p == q or input.numel() // self.in_features * (p * q + abs(p - q) * rows) <= p * q * rows:
             return kernels.core_linear(input, U, C, V, bias)
         left, right = (U @ C, V.T) if p > q else (U, C @ V.T)
         return kernels.folded_linear(input, left, right, bias)
@@ -118,9 +127,9 @@ class CoreLinear(LowRankLinear):
         """The longer side of the core."""
         return max(self.core.shape)
 
-    def dense_weight(self) -> Tensor:
+    def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         core = self.effective_core.detach().double()
-        return (self.U.double() @ core @ self.V.double().T).to(self.U.dtype)
+        return (self.U.double() @ core @ self.V.double().T).to(dtype or self.U.dtype)
 
     def folded(self) -> "FoldedLinear":
         """The two-factor layer: C multiplied, in float64, into the side with fewer rows."""
@@ -157,8 +166,8 @@ class FoldedLinear(LowRankLinear):
     def forward(self, input: Tensor) -> Tensor:
         return kernels.folded_linear(input, *in_dtype_of(input, self.left, self.right, self.bias))
 
-    def dense_weight(self) -> Tensor:
-        return (self.left.double() @ self.right.double()).to(self.left.dtype)
+    def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        return (self.left.double() @ self.right.double()).to(dtype or self.left.dtype)
 
 
 def in_dtype_of(input: Tensor, *tensors: Tensor | None) -> tuple:

@@ -66,8 +66,9 @@ def _describe_layer(layer: LowRankLinear, model: nn.Module) -> dict[str, Any]:
         "transposed": layer.transposed,
     }
     # Only a dtype that differs from the model's is fixed; the others follow from_pretrained(dtype=…).
-    if bases.dtype != getattr(model, "dtype", bases.dtype):
-        kept["dtype"] = str(bases.dtype).removeprefix("torch.")
+    for key, tensor in (("dtype", bases), ("bias_dtype", layer.bias)):
+        if tensor is not None and tensor.dtype != getattr(model, "dtype", tensor.dtype):
+            kept[key] = str(tensor.dtype).removeprefix("torch.")
     if isinstance(layer, CoreLinear):
         if layer.width != layer.rank:
             kept["width"] = layer.width
@@ -171,14 +172,20 @@ def own_name(model: nn.Module, name: str) -> str | None:
 
 def skeleton(kept: dict[str, Any]) -> LowRankLinear:
     """An empty low-rank layer as a record describes it."""
-    dtype = getattr(torch, kept["dtype"]) if kept.get("dtype") else None
-    shape = (kept["m"], kept["n"], kept["rank"], kept["bias"], kept["transposed"])
-    if kept["form"] == "folded":
-        return FoldedLinear(*shape, dtype=dtype)
-    core_dtype = getattr(torch, kept["core_dtype"]) if kept.get("core_dtype") else None
-    return CoreLinear(
-        *shape, trainable_rank=kept["trainable_rank"], dtype=dtype, core_dtype=core_dtype, width=kept.get("width")
+    dtype, bias_dtype, core_dtype = (
+        getattr(torch, kept[key]) if kept.get(key) else None for key in ("dtype", "bias_dtype", "core_dtype")
     )
+    shape = (kept["m"], kept["n"], kept["rank"], kept["bias"], kept["transposed"])
+    layer: LowRankLinear
+    if kept["form"] == "folded":
+        layer = FoldedLinear(*shape, dtype=dtype)
+    else:
+        layer = CoreLinear(
+            *shape, trainable_rank=kept["trainable_rank"], dtype=dtype, core_dtype=core_dtype, width=kept.get("width")
+        )
+    if layer.bias is not None:  # of what the replaced layer had, whatever the bases are stored in
+        layer.bias = nn.Parameter(torch.empty(layer.out_features, dtype=bias_dtype), requires_grad=False)
+    return layer
 
 
 def file_digest(path: str | os.PathLike) -> str:

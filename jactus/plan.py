@@ -19,13 +19,14 @@ from . import storage
 from .allocation import Offer, admissible_ranks, allocate, parameters
 from .config import JactusConfig
 from .latency import Times
-from .subspace import PARTS, Directions, Side, task_rank
+from .subspace import PARTS, Directions, Side, core_shape, task_rank
 
 
 @dataclass(frozen=True)
 class PlannedLayer:
     """One layer of a plan. `scales` are the mean diagonals of G and A (0 where the metric is the identity); `times` are
-    of the layer deployed, measured where the budget is of latency."""
+    of the layer deployed, measured where the budget is of latency; `beyond` counts the task directions outside all weight
+    directions, of the longer side, where the plan may give the layer its full rank."""
 
     name: str
     m: int
@@ -34,8 +35,9 @@ class PlannedLayer:
     directions: Directions
     scales: tuple[float, float]
     tokens: int
-    sizes: tuple[int, int]  # bytes per element of the bases and of the core
+    sizes: tuple[int, int, int]  # bytes per element of the bases, of the core and of the dense weight
     times: Times | None = None
+    beyond: int = 0
 
     @property
     def energies(self) -> Tensor:
@@ -50,14 +52,14 @@ class PlannedLayer:
         kept = np.concatenate([[0.0], np.cumsum(self.energies.numpy())])
         weight_ranks = np.array([self.weight_rank(int(r), config) for r in ranks], dtype=int)
         gain = kept[np.minimum(weight_ranks, len(kept) - 1)]
-        basis, core = self.sizes
+        basis, core, whole = self.sizes
         if config.budget_unit == "latency":
             cost, dense = self._timed.at(ranks), self._timed.dense
             pays = cost < dense
             ranks, cost, gain = ranks[pays], cost[pays], gain[pays]
         elif config.budget_unit == "bytes":
             cost = parameters(m, n, ranks, True) * basis + (0 if folded else ranks * ranks * core)
-            dense = m * n * basis
+            dense = m * n * whole
         else:
             # FLOPs are 2 a parameter and token; layers differ in how many tokens reach them
             each = 2 * self.tokens if config.budget_unit == "flops" else 1
@@ -74,8 +76,15 @@ class PlannedLayer:
         return self.times
 
     def width(self, rank: int, config: JactusConfig) -> int:
-        """The longer side of the core at a rank; not more than the layer's shorter side."""
-        return core_width(rank, self.m, self.n, config)
+        """The longer side of the core at a rank.
+
+        At full rank the layer's shorter side has all directions and the longer as many weight directions, which are what W
+        needs; to learn with it has the task's as well, as many as a rank of that size has anywhere.
+        """
+        if not self.is_full(rank):
+            return core_width(rank, self.m, self.n, config)
+        most = rank + min(task_rank(rank, config.union_share), self.beyond)
+        return max(rank, most - most % config.rank_multiple)
 
     def core_parameters(self, rank: int, config: JactusConfig) -> int:
         """What trains at a rank."""
@@ -83,8 +92,8 @@ class PlannedLayer:
 
     def stored_parameters(self, rank: int, config: JactusConfig) -> int:
         """U, C and V at a rank."""
-        shorter, longer = sorted((self.m, self.n))
-        return shorter * self.width(rank, config) + longer * rank + self.core_parameters(rank, config)
+        p, q = core_shape(self.m, self.n, rank, self.width(rank, config))
+        return self.m * p + self.n * q + p * q
 
     def folded_parameters(self, rank: int) -> int:
         """What is deployed at a rank: the two factors, or the dense layer where they would be larger."""
@@ -96,7 +105,7 @@ class PlannedLayer:
         return self._timed.dense if dense else float(self._timed.at(np.array([rank]))[0])
 
     def is_full(self, rank: int) -> bool:
-        """Whether that is the layer's full rank, which has all directions and folds to a dense layer."""
+        """Whether that is the layer's full rank, at which it folds to a dense layer."""
         return rank == min(self.m, self.n)
 
     def weight_rank(self, rank: int, config: JactusConfig) -> int:
@@ -104,7 +113,8 @@ class PlannedLayer:
         return rank - task_rank(rank, self.share(rank, config))
 
     def share(self, rank: int, config: JactusConfig) -> float:
-        """The part of a rank that goes to task directions: none where the layer has none, or all directions anyway."""
+        """The part of a rank that task directions take from weight directions: none where the layer has none of them, or
+        its full rank."""
         return config.union_share if self.directions.task_core.numel() and not self.is_full(rank) else 0.0
 
 
@@ -116,12 +126,14 @@ def core_width(rank: int, m: int, n: int, config: JactusConfig) -> int:
 
 @dataclass(frozen=True)
 class Plan:
-    """Ranks for every target layer (None: stays dense), and what they cost."""
+    """Ranks for every target layer (None: stays dense), and what they cost. `of_language`: the model is one of language,
+    which `leave_dense=None` goes by."""
 
     layers: dict[str, PlannedLayer]
     config: JactusConfig
     ranks: dict[str, int | None]
     other_parameters: int
+    of_language: bool = False
 
     def at(self, budget: float) -> "Plan":
         """The same spectra under another budget: instant, without model or data. Raises JactusError as JactusConfig."""
@@ -187,11 +199,16 @@ class Plan:
         for name, layer in self.layers.items():
             tensors |= {f"{key}/{name}": t for key, t in _tensors(layer.directions).items()}
         described = {
-            name: {k: getattr(layer, k) for k in ("m", "n", "fingerprint", "scales", "tokens", "sizes")}
+            name: {k: getattr(layer, k) for k in ("m", "n", "fingerprint", "scales", "tokens", "sizes", "beyond")}
             | {"times": layer.times and asdict(layer.times)}
             for name, layer in self.layers.items()
         }
-        meta = {"config": self.config.to_dict(), "layers": described, "other_parameters": self.other_parameters}
+        meta = {
+            "config": self.config.to_dict(),
+            "layers": described,
+            "other_parameters": self.other_parameters,
+            "of_language": self.of_language,
+        }
         storage.write(path, "plan", tensors, meta)
 
     @classmethod
@@ -202,11 +219,13 @@ class Plan:
         for name, kept in meta["layers"].items():
             of = {key.split("/", 1)[0]: t for key, t in tensors.items() if key.split("/", 1)[1] == name}
             left, right = (Side(*(of[f"{side}_{part}"] for part in PARTS)) for side in ("left", "right"))
-            kept |= {key: tuple(kept[key]) for key in ("scales", "sizes")}
+            # plans of before bytes of the dense weight were told apart took them to be those of the bases
+            kept |= {"scales": tuple(kept["scales"]), "sizes": (*kept["sizes"], kept["sizes"][0])[:3]}
             if times := kept.pop("times", None):  # plans of before there were any have none
                 kept["times"] = Times(times["dense"], tuple(times["ranks"]), tuple(times["folded"]))
             layers[name] = PlannedLayer(name, directions=Directions(left, right, of["sigma"], of["task_core"]), **kept)
-        return with_ranks(cls(layers, JactusConfig.from_dict(meta["config"]), {}, meta["other_parameters"]))
+        config = JactusConfig.from_dict(meta["config"])
+        return with_ranks(cls(layers, config, {}, meta["other_parameters"], meta.get("of_language", False)))
 
     def __str__(self) -> str:
         return _table(self)
@@ -220,6 +239,14 @@ def _tensors(d: Directions) -> dict[str, Tensor]:
 def with_ranks(plan: Plan) -> Plan:
     """The plan with ranks for its configured budget, from its spectra."""
     config = plan.config
+    if config.leave_dense is None:
+        config = config.replace(leave_dense=plan.of_language and not config.full_rank)
+    for name, layer in plan.layers.items():
+        if config.full_rank and layer.directions.kept < min(layer.m, layer.n):
+            raise JactusError(
+                f"{name} ({layer.m}×{layer.n}): the plan kept {layer.directions.kept} directions a side, full_rank=True needs "
+                f"{min(layer.m, layer.n)}; plan again with it"
+            )
     offers = [layer.offer(config) for layer in plan.layers.values()]
     fraction = config.budget
     if config.scope == "model":
@@ -233,7 +260,7 @@ def with_ranks(plan: Plan) -> Plan:
         fraction = min(fraction, 1.0)
     budget = fraction * sum(o.dense_cost for o in offers)
     whole = {name: min(layer.m, layer.n) if config.full_rank else None for name, layer in plan.layers.items()}
-    if fraction >= 1:  # nothing to save, and dense is exact
+    if fraction >= 1:  # nothing to save, and nothing lost
         return replace(plan, ranks=whole)
     chosen = allocate(offers, budget, fraction, config.allocation == "uniform", config.rank_floor)
     ranks = {o.name: whole[o.name] if o.is_dense(c) else int(o.ranks[c]) for o, c in zip(offers, chosen)}

@@ -31,8 +31,6 @@ def plan(
         raise JactusError(
             f"plan takes (model, statistics, config), got ({type(model).__name__}, {type(statistics).__name__}, …)"
         )
-    if config.leave_dense is None:
-        config = config.replace(leave_dense=not config.full_rank and output_embedding(model) is not None)
     targets = find_targets(model, config)
     needs_any = config.needs_input or config.needs_output or config.needs_gradient
     if statistics is None and needs_any:
@@ -47,7 +45,7 @@ def plan(
         layers[name] = replace(found, times=times.get(name))
     counted = sum(t.m * t.n for t in targets.values())
     others = sum(p.numel() for p in model.parameters()) - counted
-    return with_ranks(Plan(layers, config, {}, others))
+    return with_ranks(Plan(layers, config, {}, others, output_embedding(model) is not None))
 
 
 def _check_statistics(targets: dict[str, Target], statistics: Statistics, config: JactusConfig) -> None:
@@ -107,14 +105,14 @@ def _plan_layer(
     G = statistics.output_covariance(target.name) if statistics is not None and config.needs_output else None
     metric_G = _metric(target, G if config.metric in ("gradient", "fisher") else None, config)
     ranks = admissible_ranks(target.m, target.n, config.rank_multiple, config.accounting == "folded")
-    most = int(ranks[-1]) if len(ranks) else 0
+    most = min(target.m, target.n) if config.full_rank else int(ranks[-1]) if len(ranks) else 0
     by_covariance = "covariance" in config.task_sources
     try:
         found = directions(
             weight,
             metric_G,
             metric_A,
-            keep=min(target.m, target.n) if config.full_rank else core_width(most, target.m, target.n, config),
+            keep=core_width(most, target.m, target.n, config),
             tasks=task_rank(most, config.union_share) if config.task_sources else 0,
             output_covariance=G if by_covariance else None,
             input_covariance=A if by_covariance else None,
@@ -131,7 +129,8 @@ def _plan_layer(
         _stored(found),
         (_scale(G) if metric_G is not None else 0.0, _scale(A) if metric_A is not None else 0.0),
         statistics.layer_tokens(target.name) if statistics is not None else 1,
-        (basis.itemsize, core_dtype(config, basis).itemsize),
+        (basis.itemsize, core_dtype(config, basis).itemsize, weight.itemsize),
+        beyond=found.beyond if config.full_rank else 0,
     )
 
 
@@ -147,8 +146,8 @@ def _scale(S: Tensor | None) -> float:
 
 
 def _stored(d: Directions) -> Directions:
-    """On the CPU, directions in float32, the small matrices in float64: a plan is as large as the weights it replaces,
-    and as much larger as cores are wider."""
+    """On the CPU, directions in float32, the small matrices in float64: a plan is about as large as the weights it replaces,
+    and larger where cores are wider or of full rank."""
 
     def small(side: Side) -> Side:
         return Side(side.weight.float().cpu(), side.task.float().cpu(), side.cross.cpu(), side.gram.cpu())

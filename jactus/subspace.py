@@ -59,9 +59,9 @@ class Side:
     cross: Tensor
     gram: Tensor
 
-    def remainder(self, kept: int, limit: int) -> Tensor:
-        """E (t', ≤ limit): combinations of the first `limit` task directions whose part outside the first `kept` weight
-        directions is orthonormal in the metric; rank-revealing, strongest first."""
+    def remainder(self, kept: int, limit: int | None = None) -> Tensor:
+        """E (limit, t'): combinations of the first `limit` task directions (None: all) whose part outside the first `kept`
+        weight directions is orthonormal in the metric; rank-revealing, strongest first."""
         cross = self.cross[:kept, :limit]
         left_over = self.gram[:limit, :limit] - cross.T @ cross
         values, vectors = torch.linalg.eigh(left_over)
@@ -105,15 +105,21 @@ class Directions:
 
         p and q are the rank; with a `width` the side with fewer rows has that many instead. ⌊share·rank⌋ task directions
         are asked for a side; where fewer are independent, weight directions fill that side up. They come after the weight
-        directions, or before them with `task_first`.
+        directions, or before them with `task_first`. At full rank the side with fewer rows has every direction there is; a
+        `width` is then the other side's, and what it has beyond the rank are task directions, at most `beyond` of them.
         """
         tasks = min(task_rank(rank, share), self.task_core.shape[0])
         wide = rank if width is None else width
-        if wide > self.kept:
-            raise JactusError(f"{wide} directions a side were asked for, but only {self.kept} were kept; plan again")
         left, right = self.to64(self.left), self.to64(self.right)
-        p, q = (wide, rank) if left.weight.shape[0] <= right.weight.shape[0] else (rank, wide)
-        (k_left, E_left), (k_right, E_right) = left.split(p, tasks), right.split(q, tasks)
+        m, n = left.weight.shape[0], right.weight.shape[0]
+        full = rank == min(m, n)
+        if (rank if full else wide) > self.kept or (full and wide - rank > self.beyond):
+            raise JactusError(f"{wide} directions a side were asked for, but only {self.kept} were kept; plan again")
+        p, q = core_shape(m, n, rank, wide)
+        (k_left, E_left), (k_right, E_right) = (
+            (rank, side.remainder(rank)[:, : size - rank]) if full else side.split(size, tasks)
+            for side, size in ((left, p), (right, q))
+        )
         t_left, t_right, k = len(E_left), len(E_right), max(k_left, k_right)
         cross_left, cross_right = left.cross[:k, :t_left], right.cross[:k, :t_right]
         sigma = self.sigma.double()[:k, None]
@@ -135,9 +141,21 @@ class Directions:
         """K: the weight directions of each side."""
         return self.left.weight.shape[1]
 
+    @property
+    def beyond(self) -> int:
+        """How many task directions the side with more rows has outside all of its weight directions."""
+        longer = max(self.left, self.right, key=lambda side: side.weight.shape[0])
+        return longer.remainder(self.kept).shape[1]
+
     @staticmethod
     def to64(side: Side) -> Side:
         return Side(side.weight.double(), side.task.double(), side.cross.double(), side.gram.double())
+
+
+def core_shape(m: int, n: int, rank: int, width: int) -> tuple[int, int]:
+    """(p, q) of a core in an (m, n) layer: the side with fewer rows has `width` columns and the other `rank`; at full rank,
+    where that side has every direction, the other way round."""
+    return (width, rank) if (m <= n) != (rank == min(m, n)) else (rank, width)
 
 
 def task_rank(rank: int, share: float) -> int:

@@ -38,7 +38,7 @@ def compress(model: nn.Module, plan: Plan) -> nn.Module:
                 f"{found}; plan this model (and compress before training it, not after)"
             )
         rank = plan.ranks[name]
-        wanted = 0 if rank is None else layer.width(rank, plan.config)
+        wanted = 0 if rank is None else min(layer.width(rank, plan.config), layer.m, layer.n)  # of the weight
         if wanted > layer.directions.kept:
             raise JactusError(
                 f"{name} ({layer.m}×{layer.n}) is to have {wanted} directions a side, and the plan kept "
@@ -98,6 +98,12 @@ def core_linear_from(
     return new.train(old.training)
 
 
+def _dtype(model: nn.Module) -> torch.dtype | None:
+    """What a transformers model says its dtype is; None of other modules, which have no such thing."""
+    dtype = getattr(model, "dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) else None
+
+
 def _is_transposed(layer: nn.Module) -> bool:
     return not isinstance(layer, nn.Linear)
 
@@ -121,8 +127,10 @@ def fold(model: nn.Module) -> nn.Module:
         raise JactusError(f"{type(model).__name__} has no three-factor layer to fold; compress it first")
     for name, layer in layers.items():
         m, n = layer.out_features, layer.in_features
-        smaller = layer.rank * (m + n) < m * n
-        replace_module(model, name, layer.folded() if smaller else layer.dense())
+        new: nn.Module = layer.folded() if layer.rank * (m + n) < m * n else layer.dense(_dtype(model))
+        for factor in (p for p in new.parameters() if p is not new.bias):
+            factor.requires_grad_(False)
+        replace_module(model, name, new)
     record(model)
     return model
 
@@ -140,7 +148,7 @@ def merge(model: nn.Module) -> nn.Module:
     if not layers:
         raise JactusError(f"{type(model).__name__} has no low-rank layer to merge; it is dense already")
     for name, layer in layers.items():
-        replace_module(model, name, layer.dense())
+        replace_module(model, name, layer.dense(_dtype(model)))
     model.requires_grad_(True)
     record(model)
     return model

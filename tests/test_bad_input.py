@@ -45,6 +45,7 @@ def calibrate(model, batches, config=SMALL, **kwargs):
         {"full_rank": 1, "accounting": "folded"},
         {"full_rank": True},  # three factors of full rank are larger than dense
         {"full_rank": True, "accounting": "folded", "leave_dense": True},
+        {"full_rank": True, "accounting": "folded", "trainable_rank": 8},
         {"coordinate_damping": 0.001},
         {"allocation": "best"},
         {"rank_floor": -1},

@@ -37,7 +37,10 @@ def test_exactly_cores_and_extras_train_and_one_step_lowers_the_loss(family, con
     model = compressed(family, config)
     layers = compressed_layers(model)
     assert set(layers) == set(planned(family.name, config).layers)
-    assert all((layer.width > layer.rank) == (config is WIDE) for layer in layers.values())
+    wider = {name for name, layer in layers.items() if layer.width > layer.rank}
+    full = {name for name, layer in layers.items() if layer.rank == min(layer.in_features, layer.out_features)}
+    assert wider == set(layers) if config is WIDE else wider <= full
+    assert bool(full) == (config is FULL)
     cores = {f"{name}.core" for name in layers}
     biases = {f"{name}.bias" for name, layer in layers.items() if layer.bias is not None}
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -82,8 +85,11 @@ def test_every_form_and_its_reload_compute_the_same(family, config, tmp_path):
     # exactly, but for the products C V of a wider core: a file's tensors are aligned otherwise, and MKL sums otherwise then
     assert relative(logits(again, family, torch.float64), expected) <= (0 if config is EVERY else 1e-12)
 
+    cores = {f"{name}.core" for name in compressed_layers(model)}
+    extras = {name for name, p in model.named_parameters() if p.requires_grad} - cores
     jactus.fold(model)
     assert all(isinstance(layer, FoldedLinear) for layer in compressed_layers(model).values())
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == extras
     folded = logits(model, family, torch.float64)
     assert relative(folded, expected) < 1e-12
     again = saved_and_reloaded(model, family, tmp_path / "folded")
@@ -132,7 +138,23 @@ def test_storage_dtypes_can_be_chosen_and_survive_a_reload(tmp_path):
     again = saved_and_reloaded(model, BERT, tmp_path)
     assert {p.dtype for m in compressed_layers(again).values() for p in (m.U, m.V, m.core)} == {torch.bfloat16}
     assert again.bert.embeddings.word_embeddings.weight.dtype == torch.float32
+    assert {m.bias.dtype for m in compressed_layers(again).values()} == {torch.float32}
     assert torch.equal(logits(again, BERT), logits(model, BERT))
+
+
+@pytest.mark.parametrize("config", [EVERY, FULL], ids=["low rank", "full rank"])
+@families
+def test_layers_that_become_dense_take_the_dtype_of_those_they_replaced(family, config, tmp_path):
+    """A dense layer does not cast as a low-rank one does: narrow bases in a float32 model must not stay narrow."""
+    model = compressed(family, config.replace(dtype="bfloat16"))
+    expected = logits(model, family)
+    jactus.fold(model)
+    for form in (model, saved_and_reloaded(model, family, tmp_path)):
+        assert relative(logits(form, family), expected) < 2**-6  # factors are rounded to bfloat16 again
+        folded = logits(form, family)
+        jactus.merge(form)
+        assert relative(logits(form, family), folded) < 2**-8  # T5 itself casts to what `wo.weight` is
+        assert {p.dtype for p in form.parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize("family", [LLAMA, GPT2, T5], ids=lambda f: f.name)

@@ -146,13 +146,30 @@ def test_full_rank_is_dense_in_other_coordinates(bert):
     assert set(layers) == set(plan.layers)
     for name, layer in layers.items():
         W = model.get_submodule(name).weight
-        assert layer.core.shape == (min(W.shape),) * 2
+        assert layer.rank == min(W.shape)
         # float32 storage of three factors whose bases are whitened: conditions of 1/√coordinate_damping and so of about 1
         torch.testing.assert_close(layer.dense_weight(), W, rtol=0, atol=1e-5 * float(W.abs().max()))
         assert layer.core.requires_grad
     jactus.fold(full.eval())
     assert not compressed_layers(full)
     assert jactus.size(full).stored == jactus.size(model).stored
+
+
+def test_at_full_rank_an_oblong_layer_learns_along_as_many_task_directions_as_elsewhere(bert):
+    config = {"accounting": "folded", "full_rank": True, "budget": 1.0, "union_share": 0.25}
+    plan = planned(bert, **config)
+    model = jactus.compress(copy.deepcopy(bert[0]), plan)
+    oblong = {name: layer for name, layer in plan.layers.items() if layer.m != layer.n}
+    assert oblong
+    for name, layer in compressed_layers(model).items():
+        rank = min(layer.in_features, layer.out_features)
+        assert (rank < layer.width <= 1.25 * rank and layer.width % 2 == 0) if name in oblong else layer.width == rank
+        assert max(layer.U.shape[1], layer.V.shape[1]) == layer.width
+        assert (layer.U.shape[1] > layer.V.shape[1]) == (layer.out_features > layer.in_features)
+    coarse = planned(bert, **config, rank_multiple=8).layers  # of four directions no eight
+    assert all(layer.width(16, plan.config.replace(rank_multiple=8)) == 16 for layer in coarse.values())
+    narrow = plan.with_config(union_share=0.0)
+    assert all(layer.width(16, narrow.config) == 16 for layer in narrow.layers.values())
 
 
 def test_full_rank_is_had_where_a_layer_would_have_stayed_dense(bert):
@@ -170,10 +187,11 @@ def test_full_rank_is_had_where_a_layer_would_have_stayed_dense(bert):
 def test_a_plan_whose_configuration_was_changed_leaves_the_model_untouched(bert):
     plan = planned(bert, accounting="folded", rank_multiple=1, budget=0.8)
     model = copy.deepcopy(bert[0])
-    for changes in ({"core_width": 1.5, "budget": 0.6}, {"full_rank": True}):
-        with pytest.raises(JactusError, match="directions a side"):
-            jactus.compress(model, plan.with_config(**changes))
+    with pytest.raises(JactusError, match="directions a side"):
+        jactus.compress(model, plan.with_config(core_width=1.5, budget=0.6))
     assert not compressed_layers(model)
+    with pytest.raises(JactusError, match="full_rank=True needs 16; plan again"):
+        plan.with_config(full_rank=True)
 
 
 @pytest.mark.parametrize(("rank", "factor", "expected"), [(16, 1.3, 32), (32, 2, 64), (32, 3.1, 100), (48, 1e308, 100)])
@@ -205,6 +223,19 @@ def test_budgets_of_bytes_and_flops():
         each = layer.m * layer.n if rank is None else rank * (layer.m + layer.n + rank)
         cost += each * layer.tokens
     assert cost <= 0.6 * full
+
+
+def test_a_byte_budget_counts_dense_layers_in_their_own_dtype(bert):
+    model = bert[0]
+    plan = planned(bert, budget=0.6, budget_unit="bytes", dtype="bfloat16", leave_dense=True)
+    small = jactus.compress(copy.deepcopy(model), plan)
+    assert None in plan.ranks.values()
+    spent = sum(
+        p.numel() * p.element_size()
+        for n, p in small.named_parameters()
+        if any(n.startswith(f"{layer}.") and not n.endswith("bias") for layer in plan.layers)
+    )
+    assert spent <= 0.6 * 4 * plan.dense_parameters
 
 
 def test_a_budget_of_the_whole_model(bert):
@@ -252,16 +283,22 @@ def test_the_defaults_are_what_the_help_says():
 
 
 @pytest.mark.parametrize(("family", "dense"), [(LLAMA, True), (T5, True), (BERT, False), (VIT, False)])
-def test_unless_told_otherwise_layers_stay_dense_in_language_models_only(family, dense):
+def test_unless_told_otherwise_layers_stay_dense_in_language_models_only(family, dense, tmp_path):
     model = family.model()
     config = JactusConfig(rank_multiple=2)
-    plan = jactus.plan(model, jactus.calibrate(model, family.batches(), config, progress=False), config, progress=False)
-    assert plan.config.leave_dense is dense
-    told = config.replace(metric="identity", union=("weight",), leave_dense=not dense)
-    chosen = jactus.plan(model, None, told, progress=False)
-    assert chosen.config.leave_dense is not dense
-    full = told.replace(leave_dense=None, full_rank=True, accounting="folded")
-    assert jactus.plan(model, None, full, progress=False).config.leave_dense is False
+    statistics = jactus.calibrate(model, family.batches(), config, progress=False)
+    plan = jactus.plan(model, statistics, config, progress=False)
+    assert plan.ranks == plan.with_config(leave_dense=dense).ranks
+    plan.save(tmp_path / "plan")
+    assert Plan.load(tmp_path / "plan").ranks == plan.ranks
+    config = config.replace(accounting="folded", budget=0.9)
+    full = planned((model, statistics), **config.replace(full_rank=True).to_dict())
+    assert None not in full.ranks.values()
+    # whatever a plan was made for, a changed one is that of the changed configuration
+    again = full.with_config(full_rank=False)
+    assert again.ranks == jactus.plan(model, statistics, config, progress=False).ranks
+    assert (None in again.ranks.values()) == dense
+    assert again.with_config(full_rank=True).ranks == full.ranks
 
 
 def test_layers_the_gradient_reaches_more_strongly_move_faster(bert):

@@ -95,10 +95,40 @@ def test_the_other_side_of_a_wider_core_keeps_its_task_directions():
 @shapes
 def test_full_rank_equals_dense(m, n):
     W, G, A, D = layer(m, n)
-    # of an oblong layer task directions would take places on the longer side that the weight needs at full rank
-    for share in (0.0, 0.3, 0.8) if m == n else (0.0,):
+    for share in (0.0, 0.3, 0.8):  # task directions take no place of the weight's there
         U, C, V = made(W, G, A, D, min(m, n)).factors(min(m, n), share)
         assert torch.allclose(U @ C @ V.T, W, atol=1e-8)
+
+
+@shapes
+@pytest.mark.parametrize("covariances", [False, True])
+def test_at_full_rank_the_longer_side_has_task_directions_beside_all_of_the_weights(m, n, covariances):
+    """So that a layer of full rank can follow the gradient at least as far as one of low rank."""
+    W, G, A, D = layer(m, n)
+    rank, Gd, Ad = min(m, n), damped(G, 0.01), damped(A, 0.01)
+    found = made(W, G, A, D, rank, covariances=covariances)
+    assert found.beyond <= max(m, n) - rank
+    assert (found.beyond > 0) == (m != n)
+
+    def reached(U, V):
+        return float((torch.linalg.qr(U)[0].T @ D @ torch.linalg.qr(V)[0]).square().sum())
+
+    most = [reached(*found.factors(rank, 0.0, width=rank + more)[::2]) for more in range(found.beyond + 1)]
+    assert most == sorted(most)
+    for more in range(found.beyond + 1):
+        U, C, V = found.factors(rank, 0.0, width=rank + more)
+        p, q = (rank + more, rank) if m > n else (rank, rank + more)
+        assert (U.shape, C.shape, V.shape) == ((m, p), (p, q), (n, q))
+        slack = 100 * 2**-52 / INDEPENDENT**2
+        assert torch.allclose(U.T @ Gd @ U, torch.eye(p, dtype=W.dtype), atol=slack)
+        assert torch.allclose(V.T @ Ad @ V, torch.eye(q, dtype=W.dtype), atol=slack)
+        assert torch.allclose(U @ C @ V.T, W, atol=1e-8)
+        assert torch.allclose(C, closed_form_core(W, Gd, Ad, U, V), atol=slack * float(found.sigma[0]))
+    tasks = len(found.task_core)
+    lower = found.factors(rank - 1, min(1.0, tasks / (rank - 1)))
+    assert most[-1] >= reached(lower[0], lower[2]) * (1 - 1e-9)
+    with pytest.raises(JactusError, match="directions a side"):
+        found.factors(rank, 0.0, width=rank + found.beyond + 1)
 
 
 def test_task_directions_are_in_the_union_and_beat_weight_directions_at_holding_the_gradient():
