@@ -28,7 +28,7 @@ class JactusConfig:
     budget: float = option(0.8, "What to keep, as a fraction in (0, 1] of `budget_unit` over `scope`.")
     budget_unit: str = option(
         "parameters",
-        "'parameters', 'bytes' (as stored), 'flops' (per calibration token) or 'latency': the time that one call of each "
+        "'parameters', 'bytes' (of the weights as they are, spent as stored), 'flops' (per calibration token) or 'latency': the time that one call of each "
         "layer, folded, takes for `latency_tokens`, measured while planning on the device of the weights and in their dtype "
         "(our choice; no layer gets a rank at which it is slower than dense). 'latency' needs accounting='folded'.",
     )
