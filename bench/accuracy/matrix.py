@@ -51,7 +51,8 @@ def comparison() -> Iterator[Entry]:
     ):
         for task in TEXT:
             yield entry(task, method, budget)
-    for method, budget in (("jactus", 0.8), ("lora", 1.0)):  # with what full fine-tuning trains and adapters do not
+    # with what full fine-tuning trains and adapters do not
+    for method, budget in (("jactus", 0.8), ("lora", 1.0), (FULL_RANK, 0.8)):
         for task in TEXT:
             yield varied(entry(task, method, budget), method + EMBEDDINGS)
     for task in TEXT:  # where full fine-tuning's lead is from: what else it trains, or the rank
