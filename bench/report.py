@@ -107,7 +107,7 @@ def methods_table(rows: Sequence[Row], score: str, form: str) -> str:
             f"{row.trainable / 1e6:.3f}M",
             f"{row.optimizer_bytes / 1e6:.1f} MB",
             "–" if row.train_seconds is None else f"{row.train_seconds:.0f} s",
-            "–" if row.learning_rate is None else f"{row.learning_rate:g}",
+            "–" if row.learning_rate is None else f"{row.learning_rate:.2g}",
         )
         for row in rows
     ]

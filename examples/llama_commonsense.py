@@ -68,7 +68,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16 while training")
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--epochs", type=float, default=3)
-    parser.add_argument("--learning-rate", type=float, default=5e-4, help="of the cores")
+    parser.add_argument("--learning-rate", type=float, help="of the cores; by default jactus.learning_rate's")
     parser.add_argument("--warmup", type=float, default=100, help="a part of all steps; from 1 on, a number")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--accumulation", type=int, default=1, help="batches a step")
@@ -275,11 +275,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     config = plan.config
     jactus.compress(model, plan)
     del plan  # several times the model
+    rate = jactus.learning_rate(model) if args.learning_rate is None else args.learning_rate
+    print(f"learning rate {rate:.2g}")
     note("compressed")
     arguments = TrainingArguments(
         output_dir=str(args.output / "trainer"),
         num_train_epochs=args.epochs,
-        learning_rate=args.learning_rate,
+        learning_rate=rate,
         warmup_steps=args.warmup,
         per_device_train_batch_size=args.batch_size,
         gradient_accumulation_steps=args.accumulation,
@@ -301,7 +303,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     versions = {module.__name__: module.__version__ for module in (jactus, torch, transformers)}
     stages = {stage: sum(scores[stage] for scores in accuracy.values()) / len(accuracy) for stage in sizes}
     results = {"settings": vars(args), "config": config.to_dict(), "versions": versions, "accuracy": accuracy}
-    results |= {"average": stages, "rows": {"train": len(train), **counts}, "size": sizes}
+    results |= {"average": stages, "rows": {"train": len(train), **counts}, "size": sizes, "learning_rate": rate}
     results["loss"] = [log["loss"] for log in trainer.state.log_history if "loss" in log]
     results["seconds"] = time.perf_counter() - started
     (args.output / "results.json").write_text(json.dumps(results, indent=2, default=str) + "\n")

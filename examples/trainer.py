@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--budget", type=float, default=0.8)
     parser.add_argument("--epochs", type=float, default=2)
-    parser.add_argument("--lr", type=float, default=2e-3, help="cores take some ten times the rate of full fine-tuning")
+    parser.add_argument("--lr", type=float, help="by default what jactus.learning_rate says of the model")
     parser.add_argument("--calibration-rows", type=int, default=2000)
     args = parser.parse_args()
 
@@ -44,7 +44,7 @@ def main() -> None:
     arguments = TrainingArguments(
         output_dir=str(args.output / "trainer"),
         num_train_epochs=args.epochs,
-        learning_rate=args.lr,
+        learning_rate=args.lr or jactus.learning_rate(model),
         per_device_train_batch_size=32,
         warmup_steps=0.06,
         save_strategy="no",

@@ -64,7 +64,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16 while training")
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--epochs", type=float, default=10)
-    parser.add_argument("--learning-rate", type=float, default=2e-3, help="of the cores and the head")
+    parser.add_argument(
+        "--learning-rate", type=float, help="of the cores and the head; by default jactus.learning_rate's"
+    )
     parser.add_argument("--warmup", type=float, default=0.06, help="a part of all steps; from 1 on, a number")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--workers", type=int, default=4, help="processes that read images")
@@ -229,11 +231,13 @@ def adapt(
     plan = jactus.plan(model, statistics, config)
     plan.save(folder / "plan.safetensors")
     jactus.compress(model, plan)
+    rate = jactus.learning_rate(model) if args.learning_rate is None else args.learning_rate
+    print(f"learning rate {rate:.2g}")
     note("compressed")
     arguments = TrainingArguments(
         output_dir=str(folder / "trainer"),
         num_train_epochs=args.epochs,
-        learning_rate=args.learning_rate,
+        learning_rate=rate,
         warmup_steps=args.warmup,
         per_device_train_batch_size=args.batch_size,
         bf16=args.bf16,
@@ -254,7 +258,8 @@ def adapt(
     (folder / "predictions.json").write_text(json.dumps(predictions) + "\n")  # for paired tests of two methods
     losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
     rows = {"train": len(train), "test": len(test), "classes": len(classes)}
-    return {"accuracy": accuracy, "size": sizes, "rows": rows, "loss": losses, "seconds": time.perf_counter() - started}
+    how = {"learning_rate": rate, "loss": losses, "seconds": time.perf_counter() - started}
+    return {"accuracy": accuracy, "size": sizes, "rows": rows, **how}
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from .plan import Plan
 from .planning import plan
 from .report import rank_map, size, spectra
 from .statistics import Statistics
+from .steps import learning_rate
 from .surgery import compress, fold, merge
 from .training import mark_trainable, parameter_groups
 
@@ -28,6 +29,7 @@ __all__ = [
     "compress",
     "fit_head",
     "fold",
+    "learning_rate",
     "load_cores",
     "mark_trainable",
     "merge",

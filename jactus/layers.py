@@ -1,5 +1,6 @@
 """The two layers that stand where a Linear or Conv1D stood: three factors to train, two to deploy."""
 
+import math
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -70,6 +71,7 @@ class CoreLinear(LowRankLinear):
     multiplied into the wide side first, p·r multiply-adds a row and call; with few, all three products are of tokens. Fold
     before generating.
     With `trainable_rank` k < r only the leading k×k block of C is trained, as an offset `block` (k, k) to it.
+    `reach` is how far a step of ±1 in all of the core moves the layer, as a part of it: what `learning_rate` goes by.
     The core may be stored wider than the bases (float32 beside bfloat16): all compute in the input's dtype.
     """
 
@@ -84,8 +86,10 @@ class CoreLinear(LowRankLinear):
         dtype: torch.dtype | None = None,
         core_dtype: torch.dtype | None = None,
         width: int | None = None,
+        reach: float = math.nan,
     ) -> None:
         super().__init__(m, n, rank, transposed)
+        self.reach = reach
         width = width or rank
         if width < rank or (width > rank and trainable_rank is not None):
             raise JactusError(

@@ -4,6 +4,7 @@ The route is transformers' registered quantisers: config.json carries which laye
 quantiser puts such layers into the empty model before its weights are read. Afterwards the model is an ordinary one.
 """
 
+import math
 import os
 import re
 from typing import Any
@@ -72,6 +73,8 @@ def _describe_layer(layer: LowRankLinear, model: nn.Module) -> dict[str, Any]:
     if isinstance(layer, CoreLinear):
         if layer.width != layer.rank:
             kept["width"] = layer.width
+        if math.isfinite(layer.reach):
+            kept["reach"] = layer.reach
         kept["trainable_rank"] = None if layer.block is None else layer.block.shape[0]
         # always: a model loaded in bfloat16 still trains its cores as they were stored
         kept["core_dtype"] = str(layer.core.dtype).removeprefix("torch.")
@@ -181,7 +184,12 @@ def skeleton(kept: dict[str, Any]) -> LowRankLinear:
         layer = FoldedLinear(*shape, dtype=dtype)
     else:
         layer = CoreLinear(
-            *shape, trainable_rank=kept["trainable_rank"], dtype=dtype, core_dtype=core_dtype, width=kept.get("width")
+            *shape,
+            trainable_rank=kept["trainable_rank"],
+            dtype=dtype,
+            core_dtype=core_dtype,
+            width=kept.get("width"),
+            reach=kept.get("reach", math.nan),
         )
     if layer.bias is not None:  # of what the replaced layer had, whatever the bases are stored in
         layer.bias = nn.Parameter(torch.empty(layer.out_features, dtype=bias_dtype), requires_grad=False)

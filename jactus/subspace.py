@@ -288,8 +288,9 @@ def _leading_singular_vectors(D: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 def change_coordinates(
     U: Tensor, C: Tensor, V: Tensor, whiten: bool, extra_left: float, extra_right: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The same product U C Vᵀ in other coordinates of the core.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The same product U C Vᵀ in other coordinates of the core; and the squared lengths, in the metric, of the new columns of
+    U (p,) and of V (q,).
 
     U and V come orthonormal in the metric. whiten=True whitens them again in the metric plus `extra_left`·I on the left
     and `extra_right`·I on the right, then scales each to unit mean column norm; whiten=False makes their columns
@@ -299,10 +300,16 @@ def change_coordinates(
     U = torch.linalg.solve_triangular(R, U, upper=True, left=False)
     V = torch.linalg.solve_triangular(S, V, upper=True, left=False)
     C = R @ C @ S.T
+    left, right = (_inverse(frame).square().sum(0) for frame in (R, S))
     if whiten:
         u, v = U.norm(dim=0).mean(), V.norm(dim=0).mean()
-        U, C, V = U / u, C * (u * v), V / v
-    return U, C, V
+        U, C, V, left, right = U / u, C * (u * v), V / v, left / u**2, right / v**2
+    return U, C, V, left, right
+
+
+def _inverse(R: Tensor) -> Tensor:
+    """R⁻¹ of an upper triangular R."""
+    return torch.linalg.solve_triangular(R, torch.eye(len(R), dtype=R.dtype, device=R.device), upper=True)
 
 
 def _new_frame(B: Tensor, whiten: bool, extra: float) -> Tensor:

@@ -1,7 +1,5 @@
 """Step 5 and 6 on a model: put the three factors in, fold them to two, or multiply them out again."""
 
-import math
-
 import torch
 from torch import nn
 
@@ -12,7 +10,7 @@ from .layers import CoreLinear, LowRankLinear, compressed_layers, core_layers, r
 from .loader import record
 from .plan import Plan, PlannedLayer
 from .planning import core_dtype
-from .subspace import change_coordinates
+from .steps import factors, step_scales
 from .targets import find_targets
 from .training import mark_trainable
 
@@ -54,40 +52,24 @@ def compress(model: nn.Module, plan: Plan) -> nn.Module:
     return model
 
 
-def step_scales(plan: Plan) -> dict[str, float]:
-    """How much faster than the average each layer moves for the same step of its core: `JactusConfig.step_scaling`.
-
-    1 for all where the coordinates are not 'fisher' or the metric is the identity on both sides. Layers that stay dense
-    count too, so that a layer's steps do not depend on the budget.
-    """
-    sizes = {name: math.sqrt((layer.scales[0] or 1) * (layer.scales[1] or 1)) for name, layer in plan.layers.items()}
-    if plan.config.coordinates != "fisher":
-        return dict.fromkeys(sizes, 1.0)
-    average = math.fsum(map(math.log, sizes.values())) / len(sizes)
-    return {name: math.exp(plan.config.step_scaling * (math.log(s) - average)) for name, s in sizes.items()}
-
-
 @torch.no_grad()
 def core_linear_from(
     layer: PlannedLayer, rank: int, old: nn.Module, config: JactusConfig, step: float = 1.0
 ) -> CoreLinear:
-    """The three-factor layer of a planned layer at `rank`, with the bias, device, dtype and mode of the old one.
-
-    step: the core is divided by it and U multiplied, so that equal steps of the core move the layer so much more.
-    """
+    """The three-factor layer of a planned layer at `rank`, its steps scaled by `step`, with the bias, device, dtype and mode
+    of the old one."""
     weight: torch.Tensor = old.weight  # type: ignore[assignment]
-    width = layer.width(rank, config)
-    # A core of which only the leading block trains has the directions for learning lead.
-    U, C, V = layer.directions.factors(rank, layer.share(rank, config), config.trainable_rank is not None, width)
-    extra = config.coordinate_damping - config.damping
-    whiten = config.coordinates == "fisher"
-    U, C, V = change_coordinates(U, C, V, whiten, extra * layer.scales[0], extra * layer.scales[1])
-    step *= (rank / width) ** 0.5  # a step of every element moves the layer as far as that of a square core
-    U, C = U * step, C / step
+    U, C, V, reach = factors(layer, rank, config, step)
     basis = config.basis_dtype(weight.dtype)
     with torch.device("meta"):
         new = CoreLinear(
-            layer.m, layer.n, rank, trainable_rank=config.trainable_rank, transposed=_is_transposed(old), width=width
+            layer.m,
+            layer.n,
+            rank,
+            trainable_rank=config.trainable_rank,
+            transposed=_is_transposed(old),
+            width=max(C.shape),
+            reach=reach,
         )
     for name, value, dtype in (("U", U, basis), ("core", C, core_dtype(config, basis)), ("V", V, basis)):
         trains = getattr(new, name).requires_grad

@@ -127,6 +127,14 @@ def test_vit_reloads_with_the_same_predictions(images, vit_results):
     assert jactus.Plan.load(folder / "plan.safetensors").config.memory_limit == 200_000
 
 
+def test_vit_takes_the_rate_that_the_model_asks_for_unless_told(images, vit_results, tmp_path):
+    data = [images / "again"]
+    found = vit.main(vit_options(images, data=data, output=tmp_path, epochs=0, max_test=3, learning_rate=None))
+    trained = AutoModelForImageClassification.from_pretrained(tmp_path / "again/trained")
+    rates = [result["datasets"]["again"]["learning_rate"] for result in (found, vit_results)]
+    assert rates == [jactus.learning_rate(trained), 1e-2]
+
+
 def test_vit_rows_are_drawn_from_all_classes_by_the_seed(images):
     def drawn(seed):
         train, _, _ = vit.load(str(images / "colours"), vit.parse(vit_options(images, max_train=12, seed=seed)), None)
@@ -316,7 +324,9 @@ def test_a_plan_saves_the_calibration_and_a_checkpoint_the_training(questions, l
     monkeypatch.setattr(jactus, "calibrate", None)
     plan = questions / "out/plan.safetensors"
     fewer = {"tasks": ["boolq"], "plan": plan, "output": tmp_path / "fewer", "epochs": 0}
-    small = llama.main(llama_options(questions, **fewer, budget=0.5))
+    small = llama.main(llama_options(questions, **fewer, budget=0.5, learning_rate=None))
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "fewer/trained")
+    assert small["learning_rate"] == jactus.learning_rate(trained) != 1e-2 == llama_results["learning_rate"]
     assert small["size"]["folded"]["stored"] < llama_results["size"]["folded"]["stored"]
     (tmp_path / "on").mkdir()
     (tmp_path / "on/trainer").symlink_to(questions / "out/trainer")

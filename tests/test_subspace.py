@@ -255,9 +255,10 @@ def test_coordinates_change_the_core_and_not_the_product(m, n, whiten):
     W, G, A, D = layer(m, n)
     U, C, V = made(W, G, A, D, min(m, n)).factors(5, 0.4)
     extra = 0.09 * float(G.diagonal().mean()), 0.09 * float(A.diagonal().mean())
-    U2, C2, V2 = change_coordinates(U, C, V, whiten, *extra)
+    U2, C2, V2, left, right = change_coordinates(U, C, V, whiten, *extra)
     assert torch.allclose(U2 @ C2 @ V2.T, U @ C @ V.T, atol=1e-10)
-    for B, S in ((U2, G), (V2, A)):
+    for B, S, squares in ((U2, G, left), (V2, A, right)):
+        assert torch.allclose((B.T @ damped(S, 0.01) @ B).diagonal(), squares, rtol=1e-9)
         if not whiten:
             assert torch.allclose(B.T @ B, torch.eye(5, dtype=B.dtype), atol=1e-10)
             continue

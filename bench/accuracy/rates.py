@@ -1,0 +1,64 @@
+"""How near `jactus.learning_rate` comes to the rates that were best on validation rows: `python -m bench.accuracy.rates`.
+
+Reads the rows of JACTUS that the runner has measured, plans each anew from the same calibration, and trains nothing.
+"""
+
+import argparse
+import copy
+import math
+from pathlib import Path
+
+import torch
+
+import jactus
+
+from .. import rows as files
+from ..report import named, table, versions
+from .matrix import FULL_RANK, SEEDS, STAGES, chosen_rate
+from .methods import variant
+from .store import Row
+from .tasks import TASKS, calibrated, prepared
+
+
+def chosen(rows: list[Row], tasks: list[str]) -> dict[tuple[str, str], dict[float, float]]:
+    """The rates that were best, by budget, for each task and form of JACTUS that has tried a whole grid."""
+    found: dict[tuple[str, str], dict[float, float]] = {}
+    for e in (e for stage in STAGES.values() for e in stage()):
+        best = chosen_rate(e, rows) if e.task in tasks and e.method in ("jactus", FULL_RANK) else None
+        if best is not None:
+            found.setdefault((e.task, e.method), {})[e.budget] = best
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=Path("bench/results/accuracy.csv"))
+    parser.add_argument("--task", choices=TASKS, action="append", help="only this one; may be repeated")
+    args = parser.parse_args()
+    rows = files.read(Row, args.results)
+    lines, quotients = [], []
+    for (name, method), entries in chosen(rows, args.task or list(TASKS)).items():
+        task, seed = TASKS[name], SEEDS[0]
+        case = prepared(task, "fitted", seed)
+        statistics = calibrated(task, case, task.calibration, seed, "fitted", torch.bfloat16)
+        plan = jactus.plan(case.model, statistics, variant(method).config, progress=False)  # type: ignore[union-attr]
+        for budget, best in entries.items():
+            rate = jactus.learning_rate(jactus.compress(copy.deepcopy(case.model), plan.at(budget)))
+            mine = (name, method, budget, seed, "trained")
+            tried = {r.lr: r.validation for r in rows if (r.task, r.method, r.budget, r.seed, r.phase) == mine}
+            nearest = min(tried, key=lambda lr: abs(math.log(lr / rate)))
+            quotients.append(rate / best)
+            scores = (f"{tried[lr] if task.metric == 'perplexity' else 100 * tried[lr]:.1f}" for lr in (best, nearest))
+            lines.append((name, named(method, budget), f"{rate:.2g}", f"{best:g}", f"{rate / best:.2f}", *scores))
+    columns = ("task", "JACTUS", "learning_rate", "best of those tried", "quotient", "best's score", "nearest's score")
+    print(table(columns, lines))
+    logs = [math.log(q) for q in quotients]
+    print(
+        f"\ngeometric mean of the quotients {math.exp(math.fsum(logs) / len(logs)):.2f}, from {min(quotients):.2f} to "
+        f"{max(quotients):.2f}; scores are of validation rows with seed 0, perplexities for language"
+    )
+    print(f"\n{versions()}")
+
+
+if __name__ == "__main__":
+    main()
