@@ -31,8 +31,8 @@ def mark_trainable(model: nn.Module, extras: str | Sequence[str] = ("head",)) ->
 def parameter_groups(model: nn.Module, lr: float, rates: Mapping[str, float]) -> list[dict[str, Any]]:
     """What requires gradients, as groups for any torch optimizer: `rates` for some extras, `lr` for the rest.
 
-    Cores want some ten times the learning rate of weights as they were pretrained, so embeddings or norms that train
-    beside them want a rate of their own: `AdamW(parameter_groups(model, 2e-3, {"word_embeddings": 2e-4}))`.
+    Cores want ten to forty times the learning rate of weights as they were pretrained, so embeddings or norms that train
+    beside them want a rate of their own: `AdamW(parameter_groups(model, learning_rate(model), {"word_embeddings": 2e-4}))`.
 
     Args:
         model: after `compress` or `mark_trainable`; any other model whose parameters to train require gradients will do.
