@@ -6,13 +6,13 @@ from .adapt import adapt
 from .calibration import calibrate
 from .checkpoint import load_cores, save_cores, save_pretrained
 from .config import JactusConfig
+from .coordinates import learning_rate
 from .heads import fit_head
 from .layers import CoreLinear, FoldedLinear
 from .plan import Plan
 from .planning import plan
 from .report import rank_map, size, spectra
 from .statistics import Statistics
-from .steps import learning_rate
 from .surgery import compress, fold, merge
 from .training import mark_trainable, parameter_groups
 

@@ -6,11 +6,11 @@ from torch import nn
 from jactus_kernels import JactusError
 
 from .config import JactusConfig
+from .coordinates import factors, step_scales
 from .layers import CoreLinear, LowRankLinear, compressed_layers, core_layers, replace_module
 from .loader import record
 from .plan import Plan, PlannedLayer
 from .planning import core_dtype
-from .steps import factors, step_scales
 from .targets import find_targets
 from .training import mark_trainable
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from jactus.subspace import INDEPENDENT, change_coordinates, directions, metric, task_rank
+from jactus.coordinates import change_coordinates
+from jactus.subspace import INDEPENDENT, directions, metric, task_rank
 from jactus_kernels import JactusError
 
 shapes = pytest.mark.parametrize(("m", "n"), [(12, 12), (9, 17), (20, 7)])

@@ -1,7 +1,8 @@
-"""How far a step of the cores moves the layers: what balances the layers, and what a learning rate goes by."""
+"""Coordinates of a core: the same function in others, and how far a step in them moves a layer."""
 
 import math
 
+import torch
 from torch import Tensor, nn
 
 from jactus_kernels import JactusError
@@ -9,11 +10,47 @@ from jactus_kernels import JactusError
 from .config import JactusConfig
 from .layers import core_layers
 from .plan import Plan, PlannedLayer
-from .subspace import change_coordinates
 
 # What was best moved the layers by 0.2% to 0.9% a step, over encoders of text and images and a language model, budgets of 35% to
 # 80% and training of 16 to 500 steps, where the rates themselves differed eightfold: `python -m bench.accuracy.rates`.
 RELATIVE_STEP = 0.004
+
+
+def change_coordinates(
+    U: Tensor, C: Tensor, V: Tensor, whiten: bool, extra_left: float, extra_right: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The same product U C Vᵀ in other coordinates of the core; and the squared lengths, in the metric, of the new columns of
+    U (p,) and of V (q,).
+
+    U and V come orthonormal in the metric. whiten=True whitens them again in the metric plus `extra_left`·I on the left
+    and `extra_right`·I on the right, then scales each to unit mean column norm; whiten=False makes their columns
+    orthonormal. C takes up the difference. Our choice: with whitened bases plain Adam on C is preconditioned.
+    """
+    R, S = _new_frame(U, whiten, extra_left), _new_frame(V, whiten, extra_right)
+    U = torch.linalg.solve_triangular(R, U, upper=True, left=False)
+    V = torch.linalg.solve_triangular(S, V, upper=True, left=False)
+    C = R @ C @ S.T
+    left, right = (_inverse(frame).square().sum(0) for frame in (R, S))
+    if whiten:
+        u, v = U.norm(dim=0).mean(), V.norm(dim=0).mean()
+        U, C, V, left, right = U / u, C * (u * v), V / v, left / u**2, right / v**2
+    return U, C, V, left, right
+
+
+def _inverse(R: Tensor) -> Tensor:
+    """R⁻¹ of an upper triangular R."""
+    return torch.linalg.solve_triangular(R, torch.eye(len(R), dtype=R.dtype, device=R.device), upper=True)
+
+
+def _new_frame(B: Tensor, whiten: bool, extra: float) -> Tensor:
+    """Upper triangular R with B R⁻¹ orthonormal, in the metric plus `extra` or in the plain inner product.
+
+    Triangular, so that the leading directions stay leading.
+    """
+    if whiten:
+        eye = torch.eye(B.shape[1], dtype=B.dtype, device=B.device)
+        return torch.linalg.cholesky(eye + extra * (B.T @ B)).T
+    return torch.linalg.qr(B)[1]
 
 
 def step_scales(plan: Plan) -> dict[str, float]:
@@ -64,12 +101,10 @@ def learning_rate(model: nn.Module) -> float:
         raise JactusError(
             f"{type(model).__name__} has no three-factor layer and so no core to train; compress it first"
         )
-    logs = [
-        math.log(layer.reach) for layer in layers.values() if layer.reach > 0
-    ]  # that of a zero weight is not a number
-    if not logs:
+    reaches = [layer.reach for layer in layers.values() if layer.reach > 0]  # that of a weight of zeros is not a number
+    if not reaches:
         raise JactusError(
-            f"none of the {len(layers)} three-factor layers of {type(model).__name__} knows how far its steps reach (checkpoints "
-            "of before version 0.1 lack it); compress the original model again, or choose a rate by hand"
+            f"none of the {len(layers)} three-factor layers of {type(model).__name__} knows how far its steps reach "
+            "(a checkpoint of before that was recorded does not); compress the original model again, or choose a rate by hand"
         )
-    return RELATIVE_STEP / math.exp(math.fsum(logs) / len(logs))
+    return RELATIVE_STEP / math.exp(math.fsum(map(math.log, reaches)) / len(reaches))

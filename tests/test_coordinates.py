@@ -9,8 +9,8 @@ import torch
 
 import jactus
 from jactus import JactusError
+from jactus.coordinates import RELATIVE_STEP, factors, step_scales
 from jactus.layers import core_layers
-from jactus.steps import RELATIVE_STEP, factors, step_scales
 from jactus.subspace import metric
 from tests.models import BERT, SMALL
 
