@@ -104,7 +104,7 @@ class JactusConfig:
     )
     loss_scale: float = option(1.0, "The loss is multiplied by it before backward, and the gradients divided by it.")
 
-    dtype: str | None = option(None, "Storage of U and V; None: the dtype of the layer they replace.")
+    dtype: str | None = option(None, "Storage of U and V, not wider than the layer they replace; None: its dtype.")
     core_dtype: str | None = option(None, "Storage of the cores; None: the layer's dtype, at least float32.")
     trainable_extras: tuple[str, ...] = option(
         ("head",),

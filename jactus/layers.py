@@ -44,7 +44,7 @@ class LowRankLinear(nn.Module, ABC):
         """The Linear (or Conv1D) that computes the same function.
 
         Unlike this layer it does not cast, so it takes the dtype of what is around it: the bias's, which is the replaced
-        layer's, or else the wider of the factors' and the model's.
+        layer's, or else the model's unless the factors are wider (as T5 keeps some layers of a half-precision model).
         """
         layer: Any
         with torch.device("meta"):
@@ -53,7 +53,8 @@ class LowRankLinear(nn.Module, ABC):
             else:
                 layer = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
         factors = next(self.parameters()).dtype
-        dtype = torch.promote_types(factors, model_dtype or factors) if self.bias is None else self.bias.dtype
+        around = factors if model_dtype is None or model_dtype.itemsize < factors.itemsize else model_dtype
+        dtype = around if self.bias is None else self.bias.dtype
         weight = self.dense_weight(dtype)
         layer.weight = nn.Parameter(weight.T.contiguous() if self.transposed else weight)
         layer.bias = self.bias

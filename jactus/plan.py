@@ -55,8 +55,6 @@ class PlannedLayer:
         basis, core, whole = self.sizes
         if config.budget_unit == "latency":
             cost, dense = self._timed.at(ranks), self._timed.dense
-            pays = cost < dense
-            ranks, cost, gain = ranks[pays], cost[pays], gain[pays]
         elif config.budget_unit == "bytes":
             cost = parameters(m, n, ranks, True) * basis + (0 if folded else ranks * ranks * core)
             dense = m * n * whole
@@ -64,6 +62,8 @@ class PlannedLayer:
             # FLOPs are 2 a parameter and token; layers differ in how many tokens reach them
             each = 2 * self.tokens if config.budget_unit == "flops" else 1
             cost, dense = parameters(m, n, ranks, folded) * each, m * n * each
+        pays = cost < dense  # in time or bytes a rank may cost more than the layer it would replace
+        ranks, cost, gain = ranks[pays], cost[pays], gain[pays]
         ends_dense = config.leave_dense or config.full_rank or not len(ranks)
         if ends_dense:
             ranks, cost, gain = np.append(ranks, min(m, n)), np.append(cost, dense), np.append(gain, kept[-1])

@@ -121,6 +121,11 @@ def _plan_layer(
     except torch.linalg.LinAlgError as e:
         raise JactusError(f"{target}: {e}") from e
     basis = config.basis_dtype(weight.dtype)
+    if basis.itemsize > weight.itemsize:
+        raise JactusError(
+            f"{target} is stored in {weight.dtype}, and JactusConfig.dtype = {config.dtype!r} would store its factors wider, for "
+            "nothing: layers compute in their input's dtype; leave dtype=None, or choose core_dtype"
+        )
     return PlannedLayer(
         target.name,
         target.m,

@@ -31,7 +31,7 @@ def mark_trainable(model: nn.Module, extras: str | Sequence[str] = ("head",)) ->
 def parameter_groups(model: nn.Module, lr: float, rates: Mapping[str, float]) -> list[dict[str, Any]]:
     """What requires gradients, as groups for any torch optimizer: `rates` for some extras, `lr` for the rest.
 
-    Cores want ten to forty times the learning rate of weights as they were pretrained, so embeddings or norms that train
+    Cores want five to forty times the learning rate of weights as they were pretrained, so embeddings or norms that train
     beside them want a rate of their own: `AdamW(parameter_groups(model, learning_rate(model), {"word_embeddings": 2e-4}))`.
 
     Args:

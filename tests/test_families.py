@@ -142,6 +142,16 @@ def test_storage_dtypes_can_be_chosen_and_survive_a_reload(tmp_path):
     assert torch.equal(logits(again, BERT), logits(model, BERT))
 
 
+def test_factors_wider_than_what_they_replace_are_refused():
+    model = LLAMA.model().to(torch.bfloat16)
+    statistics = jactus.calibrate(model, LLAMA.batches(), EVERY, progress=False)
+    with pytest.raises(JactusError, match=r"q_proj.*bfloat16.*dtype = 'float32' would store its factors wider"):
+        jactus.plan(model, statistics, EVERY.replace(dtype="float32"), progress=False)
+    small = jactus.compress(model, jactus.plan(model, statistics, EVERY.replace(dtype="float16"), progress=False))
+    assert torch.isfinite(logits(jactus.merge(small), LLAMA, torch.bfloat16)).all()
+    assert {p.dtype for p in small.parameters()} == {torch.bfloat16}
+
+
 @pytest.mark.parametrize("config", [EVERY, FULL], ids=["low rank", "full rank"])
 @families
 def test_layers_that_become_dense_take_the_dtype_of_those_they_replaced(family, config, tmp_path):

@@ -50,6 +50,8 @@ def main() -> None:
             quotients.append(rate / best)
             scores = (f"{tried[lr] if task.metric == 'perplexity' else 100 * tried[lr]:.1f}" for lr in (best, nearest))
             lines.append((name, named(method, budget), f"{rate:.2g}", f"{best:g}", f"{rate / best:.2f}", *scores))
+    if not lines:
+        raise SystemExit(f"no row of {args.results} is of a task whose whole grid was tried")
     columns = ("task", "JACTUS", "learning_rate", "best of those tried", "quotient", "best's score", "nearest's score")
     print(table(columns, lines))
     logs = [math.log(q) for q in quotients]
