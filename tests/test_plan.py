@@ -239,6 +239,21 @@ def test_a_byte_budget_is_of_the_bytes_there_are_and_counts_dense_layers_in_thei
     assert 0.95 * budget < spent / (4 * plan.dense_parameters) <= budget
 
 
+def test_no_rank_takes_more_bytes_than_the_layer_it_replaces():
+    """Cores are of float32 in a bfloat16 model: at the highest rank that saves parameters they cost more than they save."""
+    model = BERT.model().to(torch.bfloat16)
+    statistics = jactus.calibrate(model, BERT.batches(), SMALL, progress=False)
+    plan = jactus.plan(
+        model, statistics, SMALL.replace(budget=0.98, budget_unit="bytes", leave_dense=False), progress=False
+    )
+    small = jactus.compress(copy.deepcopy(model), plan)
+    layers = compressed_layers(small)
+    assert layers
+    for name, layer in layers.items():
+        spent = sum(p.numel() * p.element_size() for p in (layer.U, layer.core, layer.V))
+        assert spent < 2 * model.get_submodule(name).weight.numel()
+
+
 def test_a_budget_of_the_whole_model(bert):
     model = copy.deepcopy(bert[0])
     total = jactus.size(model).stored
