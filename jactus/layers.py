@@ -56,7 +56,7 @@ class LowRankLinear(nn.Module, ABC):
         around = factors if model_dtype is None or model_dtype.itemsize < factors.itemsize else model_dtype
         dtype = around if self.bias is None else self.bias.dtype
         weight = self.dense_weight(dtype)
-        layer.weight = nn.Parameter(weight.T.contiguous() if self.transposed else weight)
+        layer.weight = nn.Parameter(weight.T.contiguous() if self.transposed else weight, requires_grad=False)
         layer.bias = self.bias
         return layer.train(self.training)
 

@@ -113,13 +113,16 @@ class Directions:
         left, right = self.to64(self.left), self.to64(self.right)
         m, n = left.weight.shape[0], right.weight.shape[0]
         full = rank == min(m, n)
-        if (rank if full else wide) > self.kept or (full and wide - rank > self.beyond):
-            raise JactusError(f"{wide} directions a side were asked for, but only {self.kept} were kept; plan again")
         p, q = core_shape(m, n, rank, wide)
+        if (rank if full else wide) > self.kept:
+            raise JactusError(f"{wide} directions a side were asked for, but only {self.kept} were kept; plan again")
         (k_left, E_left), (k_right, E_right) = (
             (rank, side.remainder(rank)[:, : size - rank]) if full else side.split(size, tasks)
             for side, size in ((left, p), (right, q))
         )
+        found = k_left + E_left.shape[1], k_right + E_right.shape[1]
+        if found != (p, q):
+            raise JactusError(f"{p} and {q} directions a side were asked for, but there are only {found}; plan again")
         t_left, t_right, k = len(E_left), len(E_right), max(k_left, k_right)
         cross_left, cross_right = left.cross[:k, :t_left], right.cross[:k, :t_right]
         sigma = self.sigma.double()[:k, None]

@@ -109,10 +109,8 @@ def fold(model: nn.Module) -> nn.Module:
         raise JactusError(f"{type(model).__name__} has no three-factor layer to fold; compress it first")
     for name, layer in layers.items():
         m, n = layer.out_features, layer.in_features
-        new: nn.Module = layer.folded() if layer.rank * (m + n) < m * n else layer.dense(_dtype(model))
-        for factor in (p for p in new.parameters() if p is not new.bias):
-            factor.requires_grad_(False)
-        replace_module(model, name, new)
+        smaller = layer.rank * (m + n) < m * n
+        replace_module(model, name, layer.folded() if smaller else layer.dense(_dtype(model)))
     record(model)
     return model
 

@@ -1,6 +1,5 @@
 """How far steps of the cores move the layers: against steps that are taken."""
 
-import copy
 import math
 from dataclasses import replace
 
@@ -9,10 +8,10 @@ import torch
 
 import jactus
 from jactus import JactusError
-from jactus.coordinates import RELATIVE_STEP, factors, step_scales
+from jactus.coordinates import RELATIVE_STEP
 from jactus.layers import core_layers
 from jactus.subspace import metric
-from tests.models import BERT, SMALL
+from tests.models import BERT, SMALL, compressed, planned
 
 CONFIGS = {
     "square": {},
@@ -24,32 +23,18 @@ CONFIGS = {
 }
 
 
-@pytest.fixture(scope="module")
-def bert():
-    model = BERT.model()
-    return model, jactus.calibrate(model, BERT.batches(), SMALL, progress=False)
-
-
-def planned(bert, **changes):
-    model, statistics = bert
-    return jactus.plan(model, statistics, SMALL.replace(**{"budget": 0.7, **changes}), progress=False)
-
-
-def reaches(plan):
-    scales = step_scales(plan)
-    ranks = {name: rank for name, rank in plan.ranks.items() if rank is not None}
-    return {name: factors(plan.layers[name], rank, plan.config, scales[name])[3] for name, rank in ranks.items()}
+def changed(**changes):
+    return SMALL.replace(**{"budget": 0.7, **changes})
 
 
 @pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS)
-def test_the_reach_is_how_far_random_steps_move_the_layer(bert, changes):
-    plan = planned(bert, **changes)
-    model = jactus.compress(copy.deepcopy(bert[0]), plan)
-    expected = reaches(plan)
-    assert set(expected) == set(core_layers(model))
+def test_the_reach_is_how_far_random_steps_move_the_layer(changes):
+    config, dense = changed(**changes), BERT.model()
+    statistics = jactus.calibrate(dense, BERT.batches(), SMALL, progress=False)
+    layers = core_layers(compressed(BERT, config))
+    assert layers.keys() == {name for name, rank in planned("bert", config).ranks.items() if rank is not None}
     generator = torch.Generator().manual_seed(0)
-    config, statistics = plan.config, bert[1]
-    for name, layer in core_layers(model).items():
+    for name, layer in layers.items():
         A, G = (
             metric(S if wanted else None, config.damping, torch.device("cpu"))
             for S, wanted in (
@@ -64,22 +49,21 @@ def test_the_reach_is_how_far_random_steps_move_the_layer(bert, changes):
         k = layer.block.shape[0] if layer.block is not None else None
         left, right = L_G.T @ layer.U.detach().double()[:, :k], L_A.T @ layer.V.detach().double()[:, :k]
         moved = (left @ signs @ right.T).square().sum((1, 2))
-        whole = (L_G.T @ bert[0].get_submodule(name).weight.detach().double() @ L_A).square().sum()
+        whole = (L_G.T @ dense.get_submodule(name).weight.detach().double() @ L_A).square().sum()
         # the mean of 400 draws whose squares vary by less than their mean: a twentieth, three times over, and its root half of it
-        assert expected[name] == pytest.approx(float((moved.mean() / whole).sqrt()), rel=3 / 400**0.5 / 2)
+        assert layer.reach == pytest.approx(float((moved.mean() / whole).sqrt()), rel=3 / 400**0.5 / 2)
 
 
-def test_the_rate_moves_the_layers_by_the_same_part_whatever_the_budget_and_the_scale_of_the_weights(bert, tmp_path):
-    model = bert[0]
-    for plan in (planned(bert), planned(bert, budget=0.4), planned(bert, core_width=1.5, accounting="folded")):
-        small = jactus.compress(copy.deepcopy(model), plan)
-        logs = [math.log(jactus.learning_rate(small) * reach) for reach in reaches(plan).values()]
+def test_the_rate_moves_the_layers_by_the_same_part_whatever_the_budget_and_the_scale_of_the_weights(tmp_path):
+    for config in (changed(), changed(budget=0.4), changed(core_width=1.5, accounting="folded")):
+        small = compressed(BERT, config)
+        logs = [math.log(jactus.learning_rate(small) * layer.reach) for layer in core_layers(small).values()]
         assert math.exp(sum(logs) / len(logs)) == pytest.approx(RELATIVE_STEP)
-    plan = planned(bert)
-    found, lower = (jactus.learning_rate(jactus.compress(copy.deepcopy(model), p)) for p in (plan, plan.at(0.3)))
+    plan = planned("bert", changed())
+    found, lower = (jactus.learning_rate(jactus.compress(BERT.model(), p)) for p in (plan, plan.at(0.3)))
     assert lower > found, "low ranks bear larger steps"
     doubled = {name: replace(layer, directions=times(layer.directions, 2)) for name, layer in plan.layers.items()}
-    twice = jactus.compress(copy.deepcopy(model), replace(plan, layers=doubled))
+    twice = jactus.compress(BERT.model(), replace(plan, layers=doubled))
     assert jactus.learning_rate(twice) == pytest.approx(2 * found)
     jactus.save_pretrained(twice.eval(), tmp_path)
     assert jactus.learning_rate(BERT.auto.from_pretrained(tmp_path)) == jactus.learning_rate(twice)
@@ -89,10 +73,10 @@ def times(directions, factor):
     return replace(directions, sigma=factor * directions.sigma, task_core=factor * directions.task_core)
 
 
-def test_a_model_without_cores_has_no_rate(bert):
+def test_a_model_without_cores_has_no_rate():
     with pytest.raises(JactusError, match="no three-factor layer"):
-        jactus.learning_rate(bert[0])
-    small = jactus.compress(copy.deepcopy(bert[0]), planned(bert))
+        jactus.learning_rate(BERT.model())
+    small = compressed(BERT, changed())
     for layer in core_layers(small).values():
         layer.reach = math.nan
     with pytest.raises(JactusError, match="none of the 13 three-factor layers"):

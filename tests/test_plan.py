@@ -305,6 +305,8 @@ def test_unless_told_otherwise_layers_stay_dense_in_language_models_only(family,
     statistics = jactus.calibrate(model, family.batches(), config, progress=False)
     plan = jactus.plan(model, statistics, config, progress=False)
     assert plan.ranks == plan.with_config(leave_dense=dense).ranks
+    told = plan.with_config(leave_dense=not dense)
+    assert (told.config.leave_dense, None in told.ranks.values()) == (not dense, not dense)
     plan.save(tmp_path / "plan")
     assert Plan.load(tmp_path / "plan").ranks == plan.ranks
     config = config.replace(accounting="folded", budget=0.9)

@@ -156,13 +156,18 @@ def ablations() -> Iterator[Entry]:
 STAGES = {"comparison": comparison, "ablations": ablations, "language": language, "images": images}
 
 
+def tried_rates(entry: Entry, rows: list[Row]) -> dict[float, Row]:
+    """The trained rows of the entry's first seed by learning rate."""
+    mine = (entry.task, entry.method, entry.budget, entry.seeds[0], "trained")
+    return {r.lr: r for r in rows if (r.task, r.method, r.budget, r.seed, r.phase) == mine and r.lr is not None}
+
+
 def chosen_rate(entry: Entry, rows: list[Row]) -> float | None:
     """The learning rate that is best on validation rows with the first seed; None while some of the grid are still to be
     tried. Rates beyond the grid count where they were tried."""
     if entry.like:
         return chosen_rate(entry.like, rows)
-    mine = (entry.task, entry.method, entry.budget, entry.seeds[0], "trained")
-    tried = {r.lr: r for r in rows if (r.task, r.method, r.budget, r.seed, r.phase) == mine}
+    tried = tried_rates(entry, rows)
     if any(lr not in tried for lr in entry.grid):
         return None
     merit = TASKS[entry.task].merit

@@ -14,19 +14,19 @@ import jactus
 
 from .. import rows as files
 from ..report import named, table, versions
-from .matrix import FULL_RANK, SEEDS, STAGES, chosen_rate
+from .matrix import FULL_RANK, SEEDS, STAGES, Entry, chosen_rate, tried_rates
 from .methods import variant
 from .store import Row
 from .tasks import TASKS, calibrated, prepared
 
 
-def chosen(rows: list[Row], tasks: list[str]) -> dict[tuple[str, str], dict[float, float]]:
-    """The rates that were best, by budget, for each task and form of JACTUS that has tried a whole grid."""
-    found: dict[tuple[str, str], dict[float, float]] = {}
-    for e in (e for stage in STAGES.values() for e in stage()):
-        best = chosen_rate(e, rows) if e.task in tasks and e.method in ("jactus", FULL_RANK) else None
-        if best is not None:
-            found.setdefault((e.task, e.method), {})[e.budget] = best
+def chosen(rows: list[Row], tasks: list[str]) -> dict[tuple[str, str], dict[Entry, float]]:
+    """For each task and form of JACTUS that has tried a whole grid: its entries, one a budget, and the rates that were best."""
+    found: dict[tuple[str, str], dict[Entry, float]] = {}
+    entries = (e for stage in STAGES.values() for e in stage() if e.task in tasks and e.method in ("jactus", FULL_RANK))
+    for e in {(e.task, e.method, e.budget): e for e in entries}.values():
+        if (best := chosen_rate(e, rows)) is not None:
+            found.setdefault((e.task, e.method), {})[e] = best
     return found
 
 
@@ -42,14 +42,14 @@ def main() -> None:
         case = prepared(task, "fitted", seed)
         statistics = calibrated(task, case, task.calibration, seed, "fitted", torch.bfloat16)
         plan = jactus.plan(case.model, statistics, variant(method).config, progress=False)  # type: ignore[union-attr]
-        for budget, best in entries.items():
-            rate = jactus.learning_rate(jactus.compress(copy.deepcopy(case.model), plan.at(budget)))
-            mine = (name, method, budget, seed, "trained")
-            tried = {r.lr: r.validation for r in rows if (r.task, r.method, r.budget, r.seed, r.phase) == mine}
+        for e, best in entries.items():
+            rate = jactus.learning_rate(jactus.compress(copy.deepcopy(case.model), plan.at(e.budget)))
+            tried = tried_rates(e, rows)
             nearest = min(tried, key=lambda lr: abs(math.log(lr / rate)))
             quotients.append(rate / best)
-            scores = (f"{tried[lr] if task.metric == 'perplexity' else 100 * tried[lr]:.1f}" for lr in (best, nearest))
-            lines.append((name, named(method, budget), f"{rate:.2g}", f"{best:g}", f"{rate / best:.2f}", *scores))
+            scale = 1 if task.metric == "perplexity" else 100
+            scores = (f"{scale * tried[lr].validation:.1f}" for lr in (best, nearest))
+            lines.append((name, named(method, e.budget), f"{rate:.2g}", f"{best:g}", f"{rate / best:.2f}", *scores))
     if not lines:
         raise SystemExit(f"no row of {args.results} is of a task whose whole grid was tried")
     columns = ("task", "JACTUS", "learning_rate", "best of those tried", "quotient", "best's score", "nearest's score")
