@@ -70,7 +70,7 @@ def test_of_equal_rates_the_grids_lowest_is_chosen_in_whatever_order_they_were_m
 
 def test_a_variation_runs_at_the_rate_chosen_for_what_it_varies_and_waits_for_it():
     base = Entry("sarcasm", "lora", 1.0, GRID, (0, 1))
-    varied = matrix.varied(base, "lora+embeddings")
+    varied = matrix.varied(base, method="lora+embeddings")
     rows = [row(lr=lr, validation=0.7 if lr == 2e-3 else 0.6) for lr in GRID]
     assert wanted([varied], rows[:2]) == []
     first = Cell("sarcasm", "lora+embeddings", 1.0, 0, 2e-3)
