@@ -1,5 +1,6 @@
 """Tables and the plot, from the rows alone. Spread is the standard deviation over seeds; differences are paired by seed."""
 
+import itertools
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -70,10 +71,11 @@ def tables(rows: list[Row]) -> str:
     spoken = summaries(rows, list(language()), LANGUAGES)
     if spoken:
         parts += ["### Perplexity, untrained → trained", _language_table(spoken)]
-    for budget in dict.fromkeys(e.budget for e in ablations()):
-        changed = summaries(rows, [e for e in ablations() if e.budget == budget], TEXT)
+    for budget, tasks in itertools.product(dict.fromkeys(e.budget for e in ablations()), (TEXT, LANGUAGES)):
+        changed = summaries(rows, [e for e in ablations() if e.budget == budget and e.task in tasks], tasks)
         if len(changed) > 1:
-            parts += [f"### One setting changed at a time, {budget:.0%}", _ablation_table(changed)]
+            metric = TASKS[tasks[0]].metric
+            parts += [f"### One setting changed at a time, {budget:.0%}: {metric}", _ablation_table(changed, tasks)]
     parts += ["### Learning rates tried: validation score with the first seed", _learning_rates(rows)]
     return "\n\n".join([*parts, *sorted({r.versions for r in rows})])
 
@@ -110,16 +112,17 @@ def _language_table(found: list[Summary]) -> str:
     return table(("method", *LANGUAGES, "deployed", "in training", "trainable", "optimizer"), lines)
 
 
-def _ablation_table(found: list[Summary]) -> str:
+def _ablation_table(found: list[Summary], tasks: Sequence[str]) -> str:
     base = next((s for s in found if s.method == "jactus"), None)
-    tasks = [t for t in TEXT if any(s.trained.get(t) for s in found)]
+    tasks = [t for t in tasks if any(s.trained.get(t) for s in found)]
+    unit = {t: 100.0 if TASKS[t].metric == "accuracy" else 1.0 for t in tasks}
     lines = []
     for s in found:
         cells = []
         for task in tasks:
             now = s.trained.get(task, {})
-            against = "" if base in (None, s) else f" ({_paired(now, base.trained.get(task, {}))})"
-            cells += [_spread(s.untrained[task], 100), _spread(now, 100) + against]
+            against = "" if base in (None, s) else f" ({_paired(now, base.trained.get(task, {}), unit[task])})"
+            cells += [_spread(s.untrained[task], unit[task]), _spread(now, unit[task]) + against]
         lines.append((s.method, *cells, f"{s.sizes.trainable / 1e6:.2f}M"))
     header = ("setting", *(f"{task}, {phase}" for task in tasks for phase in ("untrained", "trained")), "trainable")
     return table(header, lines)
@@ -159,9 +162,9 @@ def _spread(scores: Scores, factor: float = 1.0) -> str:
     return f"{statistics.fmean(values):.2f} ± {statistics.stdev(values):.2f}"
 
 
-def _paired(mine: Scores, theirs: Scores) -> str:
-    """Mean difference in points and its standard error over the seeds both have."""
-    differences = [100 * (mine[s] - theirs[s]) for s in mine if s in theirs]
+def _paired(mine: Scores, theirs: Scores, factor: float = 100.0) -> str:
+    """Mean difference (of accuracies in points) and its standard error over the seeds both have."""
+    differences = [factor * (mine[s] - theirs[s]) for s in mine if s in theirs]
     if not differences:
         return "–"
     error = f" ± {statistics.stdev(differences) / len(differences) ** 0.5:.2f}" if len(differences) > 1 else ""
