@@ -165,11 +165,15 @@ DECISIVE = (
     "calibration=64",
 )
 OF_LANGUAGE = ("union_share=0", "metric=input", "leave_dense=False", "rank_floor=0.0", "calibration=64")
+WITHOUT_UNION = "union_share=0"
 ABLATED = (
-    (0.35, DECISIVE, ("newsgroups", "movies"), SEEDS),
+    (0.35, (WITHOUT_UNION,), TEXT, SEEDS),  # whether the union pays: with seeds, low budgets and little calibration
+    (0.8, (WITHOUT_UNION,), TEXT, SEEDS),
+    (0.35, ("calibration=64", f"calibration=64,{WITHOUT_UNION}"), TEXT, SEEDS),
+    (0.8, OF_LANGUAGE, LANGUAGES[:1], FIRST),
+    (0.35, DECISIVE, ("newsgroups", "movies"), FIRST),
     (0.8, CHANGES, ("newsgroups",), FIRST),
     (0.8, ("coordinate_damping=10",), ("sarcasm",), SEEDS),
-    (0.8, OF_LANGUAGE, LANGUAGES[:1], FIRST),
 )
 OWN_RATE = "coordinates=orthonormal"  # steps of other coordinates are of another size: they choose from the whole grid
 
