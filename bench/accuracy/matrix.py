@@ -79,9 +79,14 @@ def comparison() -> Iterator[Entry]:
             yield varied(entry(task, FULL_RANK, 0.8, FIRST), budget=budget)
 
 
+def spoken(task: str, method: str, budget: float, seeds: tuple[int, ...]) -> Entry:
+    """Of a language: rates are chosen on Wikipedia at 80%, and everything else takes them as they are."""
+    base = entry(LANGUAGES[0], method, max(budget, 0.8), seeds)
+    return base if (task, budget) == (base.task, base.budget) else varied(base, task=task, budget=budget)
+
+
 def language() -> Iterator[Entry]:
-    """Perplexity. Rates are chosen on Wikipedia at 80%; everything else takes them as they are."""
-    at_home = LANGUAGES[0]
+    """Perplexity: the first seed of all, then the others of what is compared at full length."""
 
     def at_length(seeds: tuple[int, ...]) -> Iterator[Entry]:
         for task in LANGUAGES:
@@ -92,16 +97,15 @@ def language() -> Iterator[Entry]:
                 ("full", 1.0),
                 (FULL_RANK, 0.8),
             ):
-                base = entry(at_home, method, budget, seeds)
-                yield base if task == at_home else varied(base, task=task)
+                yield spoken(task, method, budget, seeds)
 
     yield from at_length(FIRST)
     for task in LANGUAGES:
         for method in ("jactus", COMPRESSED[0]):
-            yield varied(entry(at_home, method, 0.8, FIRST), task=task, budget=0.5)
+            yield spoken(task, method, 0.5, FIRST)
         for method in COMPRESSED[1:-1]:
-            yield varied(entry(at_home, COMPRESSED[0], 0.8, FIRST), task=task, method=method)
-    yield entry(at_home, "cersa", 0.8, FIRST)  # its steps are of another size than adapters'
+            yield varied(spoken(task, COMPRESSED[0], 0.8, FIRST), method=method)
+    yield entry(LANGUAGES[0], "cersa", 0.8, FIRST)  # its steps are of another size than adapters'
     yield from at_length(SEEDS)
 
 
@@ -171,6 +175,8 @@ ABLATED = (
     (0.8, (WITHOUT_UNION,), TEXT, SEEDS),
     (0.35, ("calibration=64", f"calibration=64,{WITHOUT_UNION}"), TEXT, SEEDS),
     (0.8, OF_LANGUAGE, LANGUAGES[:1], FIRST),
+    (0.8, (WITHOUT_UNION,), LANGUAGES, SEEDS),
+    (0.5, (WITHOUT_UNION,), LANGUAGES, FIRST),
     (0.35, DECISIVE, ("newsgroups", "movies"), FIRST),
     (0.8, CHANGES, ("newsgroups",), FIRST),
     (0.8, ("coordinate_damping=10",), ("sarcasm",), SEEDS),
@@ -183,7 +189,7 @@ def ablations() -> Iterator[Entry]:
     for only_first in (True, False):
         for budget, changes, tasks, all_seeds in ABLATED:
             seeds = FIRST if only_first else all_seeds
-            defaults = [entry(task, "jactus", budget, seeds) for task in tasks]
+            defaults = [(spoken if task in LANGUAGES else entry)(task, "jactus", budget, seeds) for task in tasks]
             yield from defaults
             for change in changes:
                 for base in defaults:
