@@ -98,7 +98,8 @@ def check(args: argparse.Namespace) -> JactusConfig:
         budget=args.budget,
         accounting=args.accounting,
         union=args.union,
-        leave_dense=False,  # as in the paper: a dense layer keeps more of the language, and has no core to learn the task with
+        union_share=0.1,  # as in the paper, and the next: either keeps less of the language, and learns more of the task
+        leave_dense=False,
         memory_limit=None if args.memory_limit is None else int(args.memory_limit),
         statistics_device=args.statistics_device,
     )

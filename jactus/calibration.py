@@ -17,7 +17,7 @@ from .losses import Loss, TokenMasks, loss_sum, to_device
 from .recorder import Recorder
 from .resume import Snapshots
 from .statistics import Statistics
-from .targets import Target, find_targets
+from .targets import Target, find_targets, output_embedding
 
 logger = logging.getLogger("jactus")
 
@@ -48,6 +48,7 @@ def calibrate(
     if torch.is_inference_mode_enabled():
         raise JactusError("calibrate needs gradients and is called under torch.inference_mode(); call it outside")
     targets = find_targets(model, config)
+    config = config.with_share(output_embedding(model) is not None)
     for target in targets.values():
         if not torch.isfinite(target.weight).all():
             raise JactusError(f"{target} has weights that are not finite; the checkpoint is broken")

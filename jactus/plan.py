@@ -83,7 +83,7 @@ class PlannedLayer:
         """
         if not self.is_full(rank):
             return core_width(rank, self.m, self.n, config)
-        most = rank + min(task_rank(rank, config.union_share), self.beyond)
+        most = rank + min(task_rank(rank, config.share), self.beyond)
         return max(rank, most - most % config.rank_multiple)
 
     def core_parameters(self, rank: int, config: JactusConfig) -> int:
@@ -115,7 +115,7 @@ class PlannedLayer:
     def share(self, rank: int, config: JactusConfig) -> float:
         """The part of a rank that task directions take from weight directions: none where the layer has none of them, or
         its full rank."""
-        return config.union_share if self.directions.task_core.numel() and not self.is_full(rank) else 0.0
+        return config.share if self.directions.task_core.numel() and not self.is_full(rank) else 0.0
 
 
 def core_width(rank: int, m: int, n: int, config: JactusConfig) -> int:
@@ -238,7 +238,8 @@ def _tensors(d: Directions) -> dict[str, Tensor]:
 
 def with_ranks(plan: Plan) -> Plan:
     """The plan with ranks for its configured budget, from its spectra."""
-    config = plan.config
+    config = plan.config.with_share(plan.of_language)
+    plan = replace(plan, config=config)
     if config.leave_dense is None:
         config = config.replace(leave_dense=plan.of_language and not config.full_rank)
     for name, layer in plan.layers.items():

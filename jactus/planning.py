@@ -32,6 +32,8 @@ def plan(
             f"plan takes (model, statistics, config), got ({type(model).__name__}, {type(statistics).__name__}, …)"
         )
     targets = find_targets(model, config)
+    of_language = output_embedding(model) is not None
+    config = config.with_share(of_language)
     needs_any = config.needs_input or config.needs_output or config.needs_gradient
     if statistics is None and needs_any:
         raise JactusError("plan needs statistics for this configuration; call jactus.calibrate first")
@@ -45,7 +47,7 @@ def plan(
         layers[name] = replace(found, times=times.get(name))
     counted = sum(t.m * t.n for t in targets.values())
     others = sum(p.numel() for p in model.parameters()) - counted
-    return with_ranks(Plan(layers, config, {}, others, output_embedding(model) is not None))
+    return with_ranks(Plan(layers, config, {}, others, of_language))
 
 
 def _check_statistics(targets: dict[str, Target], statistics: Statistics, config: JactusConfig) -> None:
@@ -113,7 +115,7 @@ def _plan_layer(
             metric_G,
             metric_A,
             keep=core_width(most, target.m, target.n, config),
-            tasks=task_rank(most, config.union_share) if config.task_sources else 0,
+            tasks=task_rank(most, config.share) if config.task_sources else 0,
             output_covariance=G if by_covariance else None,
             input_covariance=A if by_covariance else None,
             gradient=statistics.mean_gradient(target.name) if statistics and config.needs_gradient else None,

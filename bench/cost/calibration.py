@@ -29,7 +29,7 @@ ON_GPU = (
 )
 BATCHES = 2
 COVARIANCES = jactus.JactusConfig(union_share=0.0)
-WITH_GRADIENT = jactus.JactusConfig()
+WITH_GRADIENT = jactus.JactusConfig(union_share=0.1)
 UPDATE_SIZES = (384, 768, 1536, 3072, 4096)
 UPDATE_TOKENS = 2048
 # In bfloat16 the two runs round their gradients at different scales of the loss.
