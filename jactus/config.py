@@ -62,7 +62,7 @@ class JactusConfig:
     union_share: float | None = option(
         None,
         "The part of each rank given to the sources other than 'weight', in [0, 1). None: a tenth, and nothing in language "
-        "models, whose loss is to be preserved (both measured).",
+        "models, whose loss is to be preserved (our choice; both measured).",
     )
     coordinates: str = option(
         "fisher",
