@@ -98,7 +98,8 @@ def check(args: argparse.Namespace) -> JactusConfig:
         budget=args.budget,
         accounting=args.accounting,
         union=args.union,
-        union_share=0.1,  # as in the paper, and the next: either keeps less of the language, and learns more of the task
+        # as in the paper: directions of the task beside the weight's, and a core in every layer; both cost some of the language
+        union_share=0.1,
         leave_dense=False,
         memory_limit=None if args.memory_limit is None else int(args.memory_limit),
         statistics_device=args.statistics_device,

@@ -115,14 +115,13 @@ def _language_table(found: list[Summary]) -> str:
 def _ablation_table(found: list[Summary], tasks: Sequence[str]) -> str:
     base = next((s for s in found if s.method == "jactus"), None)
     tasks = [t for t in tasks if any(s.trained.get(t) for s in found)]
-    unit = {t: 100.0 if TASKS[t].metric == "accuracy" else 1.0 for t in tasks}
     lines = []
     for s in found:
         cells = []
         for task in tasks:
-            now = s.trained.get(task, {})
-            against = "" if base in (None, s) else f" ({_paired(now, base.trained.get(task, {}), unit[task])})"
-            cells += [_spread(s.untrained[task], unit[task]), _spread(now, unit[task]) + against]
+            now, unit = s.trained.get(task, {}), TASKS[task].unit
+            against = "" if base in (None, s) else f" ({_paired(now, base.trained.get(task, {}), unit)})"
+            cells += [_spread(s.untrained[task], unit), _spread(now, unit) + against]
         lines.append((s.method, *cells, f"{s.sizes.trainable / 1e6:.2f}M"))
     header = ("setting", *(f"{task}, {phase}" for task in tasks for phase in ("untrained", "trained")), "trainable")
     return table(header, lines)
@@ -144,7 +143,7 @@ def _learning_rates(rows: list[Row]) -> str:
 def _score(row: Row) -> str:
     if row.loss is None or row.validation is None:
         return "diverged"
-    return f"{100 * row.validation:.1f}" if row.metric == "accuracy" else f"{row.validation:.1f}"
+    return f"{TASKS[row.task].unit * row.validation:.1f}"
 
 
 def _sizes(row: Row) -> tuple[str, ...]:

@@ -86,8 +86,9 @@ UNITED, FULL_UNITED = "jactus[union_share=0.1]", "jactus[full_rank=True,union_sh
 def spoken(task: str, method: str, budget: float, seeds: tuple[int, ...]) -> Entry:
     """Of a language: rates are chosen on Wikipedia at 80%, JACTUS's with the union, and everything else takes them."""
     base = entry(LANGUAGES[0], UNITED if method == "jactus" else method, max(budget, 0.8), seeds)
-    here = {"task": task, "method": method, "budget": budget}
-    return base if all(getattr(base, k) == v for k, v in here.items()) else varied(base, **here)
+    if (task, method, budget) == (base.task, base.method, base.budget):
+        return base
+    return varied(base, task=task, method=method, budget=budget)
 
 
 def language() -> Iterator[Entry]:
@@ -133,7 +134,6 @@ def images() -> Iterator[Entry]:
 CHANGES = (
     "step_scaling=0",
     "step_scaling=1",
-    "union_share=0",
     "union_share=0.25",
     "union=weight+covariance",
     "union=weight+covariance+gradient",
@@ -164,11 +164,9 @@ DECISIVE = (
     "metric=identity,union=weight,coordinates=orthonormal",
     "coordinates=orthonormal",
     "metric=input",
-    "union_share=0",
     "union_share=0.25",
     "allocation=uniform",
     "step_scaling=0",
-    "calibration=64",
 )
 OF_LANGUAGE = ("metric=input", "leave_dense=False", "rank_floor=0.0", "calibration=64")
 WITHOUT_UNION = "union_share=0"
@@ -187,9 +185,9 @@ OWN_RATE = "coordinates=orthonormal"  # steps of other coordinates are of anothe
 
 def ablations() -> Iterator[Entry]:
     """What decides the defaults: one setting changed at a time, the first seed of all before the others of any."""
-    for only_first in (True, False):
-        for budget, changes, tasks, all_seeds in ABLATED:
-            seeds = FIRST if only_first else all_seeds
+    for part in (FIRST, SEEDS):
+        for budget, changes, tasks, most in ABLATED:
+            seeds = most[: len(part)]
             defaults = [(spoken if task in LANGUAGES else entry)(task, "jactus", budget, seeds) for task in tasks]
             yield from defaults
             for change in changes:

@@ -49,8 +49,7 @@ def main() -> None:
             tried = tried_rates(e, rows)
             nearest = min(tried, key=lambda lr: abs(math.log(lr / rate)))
             quotients.append(rate / best)
-            scale = 1 if task.metric == "perplexity" else 100
-            scores = (f"{scale * tried[lr].validation:.1f}" for lr in (best, nearest))
+            scores = (f"{task.unit * tried[lr].validation:.1f}" for lr in (best, nearest))
             lines.append((name, named(method, e.budget), f"{rate:.2g}", f"{best:g}", f"{rate / best:.2f}", *scores))
     if not lines:
         raise SystemExit(f"no row of {args.results} is of a task whose whole grid was tried")

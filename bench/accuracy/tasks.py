@@ -52,6 +52,11 @@ class Task:
     def score(self, model: nn.Module, examples: Examples) -> float:
         return accuracy(model, examples) if self.metric == "accuracy" else perplexity(model, examples)
 
+    @property
+    def unit(self) -> float:
+        """What scores are multiplied by to be shown: accuracies are in points of a hundred."""
+        return 100.0 if self.metric == "accuracy" else 1.0
+
     def merit(self, score: float) -> float:
         """The score, its sign such that higher is better."""
         return score if self.metric == "accuracy" else -score
