@@ -17,6 +17,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import IO, Literal, get_args
 
+from filelock import FileLock
+
 from jactus_kernels import JactusError
 
 Kind = Literal["wheel", "sdist", "deb", "npm"]
@@ -77,15 +79,14 @@ def cached(name: str, build: Callable[[Path], None]) -> Path:
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder.parent) as scratch:
-        unfinished = Path(scratch) / "folder"
-        unfinished.mkdir()
-        build(unfinished)
-        try:
+    with FileLock(f"{folder}.lock"):  # what one process takes minutes to pretrain another waits for
+        if folder.is_dir():
+            return folder
+        with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder.parent) as scratch:
+            unfinished = Path(scratch) / "folder"
+            unfinished.mkdir()
+            build(unfinished)
             unfinished.replace(folder)
-        except OSError:  # another process may have been first, with the same files
-            if not folder.is_dir():
-                raise
     return folder
 
 

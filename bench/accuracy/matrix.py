@@ -37,6 +37,8 @@ def varied(base: Entry, **changes: str | float) -> Entry:
 COMPRESSED = ("svd-llm+lora", "svd+lora", "asvd+lora", "fwsvd+lora", "cersa")
 FULL_RANK = "jactus[full_rank=True]"
 WIDER = "jactus[core_width=2.0]"  # with about as many parameters to train as LoRA on two factors has
+WITHOUT_UNION = "union_share=0"
+WIDER_ALONE = f"jactus[core_width=2.0,{WITHOUT_UNION}]"
 WHOLE = ("full", "lora", "dora", "pissa", "corda", "eva", "eigentune")
 
 
@@ -61,11 +63,12 @@ def comparison() -> Iterator[Entry]:
     for method in ("jactus", *COMPRESSED[:2]):
         for task in TEXT:
             yield entry(task, method, 0.35)
+    for task in TEXT:
+        yield varied(entry(task, "jactus", 0.35), method=WIDER_ALONE)
     for seeds in (FIRST, SEEDS):
         for method, budget in (
             *((method, 0.35) for method in COMPRESSED[2:]),
             *((method, 1.0) for method in WHOLE[3:]),
-            (WIDER, 0.35),
         ):
             for task in TEXT:
                 yield entry(task, method, budget, seeds)
@@ -77,6 +80,8 @@ def comparison() -> Iterator[Entry]:
     for budget in (1.0, 0.5):
         for task in TEXT:
             yield varied(entry(task, FULL_RANK, 0.8, FIRST), budget=budget)
+    for task in TEXT:
+        yield entry(task, WIDER, 0.35)
 
 
 # In language models the union has no share unless asked for.
@@ -169,7 +174,6 @@ DECISIVE = (
     "step_scaling=0",
 )
 OF_LANGUAGE = ("metric=input", "leave_dense=False", "rank_floor=0.0", "calibration=64")
-WITHOUT_UNION = "union_share=0"
 ABLATED = (
     (0.35, (WITHOUT_UNION,), TEXT, SEEDS),  # whether the union pays: with seeds, low budgets and little calibration
     (0.8, (WITHOUT_UNION,), TEXT, SEEDS),

@@ -4,7 +4,9 @@ import io
 import json
 import math
 import tarfile
+import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -83,13 +85,17 @@ def write_wheel(folder, name="toy_data", version="1.0"):
         wheel.writestr(f"{info}/RECORD", "")
 
 
+def cached_entries():
+    return [f for f in fetch.cache_folder().iterdir() if f.suffix != ".lock"]
+
+
 def test_a_package_is_fetched_once_and_only_the_files_asked_for(offline, monkeypatch):
     write_wheel(offline)
     folder = fetch.package("toy-data==1.0", "wheel", only=["toy_data/rows.txt"])
     assert [f.name for f in folder.rglob("*") if f.is_file()] == ["rows.txt"]
     monkeypatch.setattr(fetch.subprocess, "run", lambda *a, **k: pytest.fail("fetched twice"))
     assert fetch.package("toy-data==1.0", "wheel", only=["toy_data/rows.txt"]) == folder
-    assert list(fetch.cache_folder().iterdir()) == [folder]  # nothing half-done is left beside it
+    assert cached_entries() == [folder]  # nothing half-done is left beside it
 
 
 def test_a_failed_fetch_says_what_to_do_and_leaves_nothing(offline, monkeypatch):
@@ -99,7 +105,7 @@ def test_a_failed_fetch_says_what_to_do_and_leaves_nothing(offline, monkeypatch)
     monkeypatch.setitem(fetch.SHA256, "toy-data==1.0", "0" * 64)
     with pytest.raises(JactusError, match="another archive"):
         fetch.package("toy-data==1.0")
-    assert list(fetch.cache_folder().iterdir()) == []
+    assert cached_entries() == []
 
 
 @pytest.mark.parametrize("requirement,kind", [("toy-data", "wheel"), ("toy-data>=1", "wheel"), ("a==1", "egg")])
@@ -115,7 +121,21 @@ def test_a_build_that_raises_leaves_no_cache_entry(offline):
 
     with pytest.raises(KeyboardInterrupt):
         fetch.cached("model", build)
-    assert list(fetch.cache_folder().iterdir()) == []
+    assert cached_entries() == []
+
+
+def test_whoever_comes_while_an_entry_is_built_waits_for_it(offline):
+    built = []
+
+    def build(folder):
+        built.append(folder)
+        time.sleep(0.2)
+        (folder / "weights").write_text("")
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda _: fetch.cached("model", build), range(2))
+    assert (len(built), first) == (1, second)
+    assert (first / "weights").exists()
 
 
 def test_source_archives_are_unpacked_and_bad_ones_refused(tmp_path):
