@@ -85,17 +85,15 @@ def write_wheel(folder, name="toy_data", version="1.0"):
         wheel.writestr(f"{info}/RECORD", "")
 
 
-def cached_entries():
-    return [f for f in fetch.cache_folder().iterdir() if f.suffix != ".lock"]
-
-
 def test_a_package_is_fetched_once_and_only_the_files_asked_for(offline, monkeypatch):
     write_wheel(offline)
     folder = fetch.package("toy-data==1.0", "wheel", only=["toy_data/rows.txt"])
     assert [f.name for f in folder.rglob("*") if f.is_file()] == ["rows.txt"]
     monkeypatch.setattr(fetch.subprocess, "run", lambda *a, **k: pytest.fail("fetched twice"))
     assert fetch.package("toy-data==1.0", "wheel", only=["toy_data/rows.txt"]) == folder
-    assert cached_entries() == [folder]  # nothing half-done is left beside it
+    assert [f for f in fetch.cache_folder().iterdir() if f.suffix != ".lock"] == [
+        folder
+    ]  # nothing half-done is left beside it
 
 
 def test_a_failed_fetch_says_what_to_do_and_leaves_nothing(offline, monkeypatch):
@@ -105,7 +103,7 @@ def test_a_failed_fetch_says_what_to_do_and_leaves_nothing(offline, monkeypatch)
     monkeypatch.setitem(fetch.SHA256, "toy-data==1.0", "0" * 64)
     with pytest.raises(JactusError, match="another archive"):
         fetch.package("toy-data==1.0")
-    assert cached_entries() == []
+    assert {f.suffix for f in fetch.cache_folder().iterdir()} <= {".lock"}
 
 
 @pytest.mark.parametrize("requirement,kind", [("toy-data", "wheel"), ("toy-data>=1", "wheel"), ("a==1", "egg")])
@@ -121,7 +119,7 @@ def test_a_build_that_raises_leaves_no_cache_entry(offline):
 
     with pytest.raises(KeyboardInterrupt):
         fetch.cached("model", build)
-    assert cached_entries() == []
+    assert {f.suffix for f in fetch.cache_folder().iterdir()} <= {".lock"}
 
 
 def test_whoever_comes_while_an_entry_is_built_waits_for_it(offline):
