@@ -13,6 +13,7 @@ from matplotlib import pyplot
 
 from ..report import named, table
 from .matrix import SEEDS, ablations, chosen_rate, comparison, images, language
+from .methods import variant
 from .store import Row
 from .tasks import LANGUAGES, TASKS, TEXT, VISION
 
@@ -68,6 +69,7 @@ def tables(rows: list[Row]) -> str:
         found = summaries(rows, list(stage()), tasks)
         if found:
             parts += [f"### Accuracy after training, %: {title}", _accuracy_table(found, tasks)]
+            parts += [f"### Points that JACTUS is ahead, {title}: mean, paired by seed", _lead_table(found, tasks)]
     spoken = summaries(rows, list(language()), LANGUAGES)
     if spoken:
         parts += ["### Perplexity, untrained → trained", _language_table(spoken)]
@@ -104,6 +106,21 @@ def _accuracy_table(found: list[Summary], tasks: Sequence[str]) -> str:
     return table(header, lines)
 
 
+def _lead_table(found: list[Summary], tasks: Sequence[str]) -> str:
+    """JACTUS's means less the others', of the whole model or, of what has budgets too, at the same one; less its own
+    defaults' in the first column."""
+    scored = [s for s in found if s.mean_by_seed(tasks)]
+    at = {(s.method, s.budget): s.mean_by_seed(tasks) for s in scored}
+    others = ["jactus", *dict.fromkeys(s.method for s in scored if not variant(s.method))]
+    lines = []
+    for s in scored:
+        if variant(s.method):
+            mine = at[s.method, s.budget]
+            against = [at.get((other, s.budget), at.get((other, 1.0), {})) for other in others]
+            lines.append((s.name, *("–" if a is mine else _paired(mine, a) for a in against)))
+    return table(("", *others), lines)
+
+
 def _language_table(found: list[Summary]) -> str:
     lines = []
     for s in sorted(found, key=lambda s: -s.budget):
@@ -122,9 +139,10 @@ def _ablation_table(found: list[Summary], tasks: Sequence[str]) -> str:
             now, unit = s.trained.get(task, {}), TASKS[task].unit
             against = "" if base in (None, s) else f" ({_paired(now, base.trained.get(task, {}), unit)})"
             cells += [_spread(s.untrained[task], unit), _spread(now, unit) + against]
-        lines.append((s.method, *cells, f"{s.sizes.trainable / 1e6:.2f}M"))
-    header = ("setting", *(f"{task}, {phase}" for task in tasks for phase in ("untrained", "trained")), "trainable")
-    return table(header, lines)
+        mean = "–" if base in (None, s) else _paired(s.mean_by_seed(tasks), base.mean_by_seed(tasks), unit)
+        lines.append((s.method, *cells, mean, f"{s.sizes.trainable / 1e6:.2f}M"))
+    phases = (f"{task}, {phase}" for task in tasks for phase in ("untrained", "trained"))
+    return table(("setting", *phases, "mean difference", "trainable"), lines)
 
 
 def _learning_rates(rows: list[Row]) -> str:

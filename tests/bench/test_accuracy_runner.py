@@ -131,6 +131,20 @@ def test_the_table_shows_mean_spread_and_paired_difference():
     assert "+2.00 ± 0.00" in text
 
 
+def test_leads_are_over_whole_models_and_over_pipelines_of_the_same_budget():
+    scores = {("lora", 1.0): 0.8, ("jactus", 0.8): 0.82, ("jactus", 0.35): 0.79, ("svd+lora", 0.35): 0.75}
+    rows = [
+        row(method, 0, lr, value, task=task, budget=budget)
+        for (method, budget), value in scores.items()
+        for task in tasks.TEXT
+        for lr in matrix.entry(task, method, budget).grid
+    ]
+    lines = figures.tables(rows).split("### Points that JACTUS is ahead")[1].splitlines()[2:6]
+    header, _, *leads = ([part.strip() for part in line.split("|")[1:-1]] for line in lines)
+    assert header == ["", "jactus", "lora", "svd+lora"]
+    assert leads == [["jactus 80%", "–", "+2.00", "–"], ["jactus 35%", "–", "-1.00", "+4.00"]]
+
+
 def test_the_plot_is_written(tmp_path):
     rows = [row("lora", 0, lr, task="movies") for lr in methods.rates("lora")]
     figures.plot(rows, tmp_path / "p" / "plot.png")
