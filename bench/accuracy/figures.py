@@ -3,7 +3,7 @@
 import itertools
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import matplotlib
@@ -73,11 +73,16 @@ def tables(rows: list[Row]) -> str:
     spoken = summaries(rows, list(language()), LANGUAGES)
     if spoken:
         parts += ["### Perplexity, untrained → trained", _language_table(spoken)]
+    on_validation = [replace(r, value=r.validation) for r in rows if r.validation is not None]
     for budget, tasks in itertools.product(dict.fromkeys(e.budget for e in ablations()), (TEXT, LANGUAGES)):
-        changed = summaries(rows, [e for e in ablations() if e.budget == budget and e.task in tasks], tasks)
+        entries = [e for e in ablations() if e.budget == budget and e.task in tasks]
+        changed, again = (summaries(r, entries, tasks) for r in (rows, on_validation))
         if len(changed) > 1:
             metric = TASKS[tasks[0]].metric
-            parts += [f"### One setting changed at a time, {budget:.0%}: {metric}", _ablation_table(changed, tasks)]
+            parts += [
+                f"### One setting changed at a time, {budget:.0%}: {metric}",
+                _ablation_table(changed, again, tasks),
+            ]
     parts += ["### Learning rates tried: validation score with the first seed", _learning_rates(rows)]
     return "\n\n".join([*parts, *sorted({r.versions for r in rows})])
 
@@ -129,7 +134,8 @@ def _language_table(found: list[Summary]) -> str:
     return table(("method", *LANGUAGES, "deployed", "in training", "trainable", "optimizer"), lines)
 
 
-def _ablation_table(found: list[Summary], tasks: Sequence[str]) -> str:
+def _ablation_table(found: list[Summary], on_validation: list[Summary], tasks: Sequence[str]) -> str:
+    """`on_validation`: the same of the validation rows, since what only the test rows show may be their draw."""
     base = next((s for s in found if s.method == "jactus"), None)
     tasks = [t for t in tasks if any(s.trained.get(t) for s in found)]
     lines = []
@@ -139,10 +145,12 @@ def _ablation_table(found: list[Summary], tasks: Sequence[str]) -> str:
             now, unit = s.trained.get(task, {}), TASKS[task].unit
             against = "" if base in (None, s) else f" ({_paired(now, base.trained.get(task, {}), unit)})"
             cells += [_spread(s.untrained[task], unit), _spread(now, unit) + against]
-        mean = "–" if base in (None, s) else _paired(s.mean_by_seed(tasks), base.mean_by_seed(tasks), unit)
-        lines.append((s.method, *cells, mean, f"{s.sizes.trainable / 1e6:.2f}M"))
+        for summarised in (found, on_validation):
+            means = {other.method: other.mean_by_seed(tasks) for other in summarised}
+            cells.append("–" if s is base else _paired(means.get(s.method, {}), means.get("jactus", {}), unit))
+        lines.append((s.method, *cells, f"{s.sizes.trainable / 1e6:.2f}M"))
     phases = (f"{task}, {phase}" for task in tasks for phase in ("untrained", "trained"))
-    return table(("setting", *phases, "mean difference", "trainable"), lines)
+    return table(("setting", *phases, "mean difference", "on validation rows", "trainable"), lines)
 
 
 def _learning_rates(rows: list[Row]) -> str:
