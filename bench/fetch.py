@@ -75,19 +75,26 @@ def package(name_and_version: str, kind: Kind = "wheel", only: Iterable[str] = (
 
 def cached(name: str, build: Callable[[Path], None]) -> Path:
     """Return the cache's folder `name`, filled by `build(empty folder)` on the first call, or else not there at all."""
-    folder = cache_folder() / name
-    if folder.is_dir():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):  # what one process takes minutes to pretrain another waits for
-        if folder.is_dir():
-            return folder
-        with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder.parent) as scratch:
-            unfinished = Path(scratch) / "folder"
-            unfinished.mkdir()
-            build(unfinished)
-            unfinished.replace(folder)
-    return folder
+
+    def fill(folder: Path) -> None:
+        folder.mkdir()
+        build(folder)
+
+    return made_once(cache_folder() / name, fill)
+
+
+def made_once(entry: Path, make: Callable[[Path], None]) -> Path:
+    """Return the file or folder `entry`, made by `make(path)` in one process at a time, whole or not there at all."""
+    if entry.exists():
+        return entry
+    entry.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{entry}.lock"):  # what one process takes minutes to pretrain another waits for
+        if not entry.exists():
+            with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=entry.parent) as scratch:
+                unfinished = Path(scratch) / entry.name
+                make(unfinished)
+                unfinished.replace(entry)
+    return entry
 
 
 def unpack(archive: Path, folder: Path, wanted: Callable[[str], bool] = lambda member: True) -> None:

@@ -37,8 +37,8 @@ class Summary:
         return named(self.method, self.budget)
 
     def mean_by_seed(self, tasks: Sequence[str]) -> Scores:
-        """Mean over the tasks for each seed that has them all; empty when none does."""
-        seeds = set.intersection(*(set(self.trained.get(task, ())) for task in tasks))
+        """Mean over the tasks for each seed that has them all; empty when none does, or of no tasks."""
+        seeds = set.intersection(*(set(self.trained.get(task, ())) for task in tasks)) if tasks else set()
         return {s: statistics.fmean(self.trained[task][s] for task in tasks) for s in sorted(seeds)}
 
 
@@ -114,15 +114,13 @@ def _accuracy_table(found: list[Summary], tasks: Sequence[str]) -> str:
 def _lead_table(found: list[Summary], tasks: Sequence[str]) -> str:
     """JACTUS's means less the others', of the whole model or, of what has budgets too, at the same one; less its own
     defaults' in the first column."""
-    scored = [s for s in found if s.mean_by_seed(tasks)]
-    at = {(s.method, s.budget): s.mean_by_seed(tasks) for s in scored}
-    others = ["jactus", *dict.fromkeys(s.method for s in scored if not variant(s.method))]
+    means = {(s.method, s.budget): mean for s in found if (mean := s.mean_by_seed(tasks))}
+    others = ["jactus", *dict.fromkeys(method for method, _ in means if not variant(method))]
     lines = []
-    for s in scored:
-        if variant(s.method):
-            mine = at[s.method, s.budget]
-            against = [at.get((other, s.budget), at.get((other, 1.0), {})) for other in others]
-            lines.append((s.name, *("–" if a is mine else _paired(mine, a) for a in against)))
+    for (method, budget), mine in means.items():
+        if variant(method):
+            against = [means.get((other, budget), means.get((other, 1.0), {})) for other in others]
+            lines.append((named(method, budget), *("–" if a is mine else _paired(mine, a) for a in against)))
     return table(("", *others), lines)
 
 
@@ -137,16 +135,17 @@ def _language_table(found: list[Summary]) -> str:
 def _ablation_table(found: list[Summary], on_validation: list[Summary], tasks: Sequence[str]) -> str:
     """`on_validation`: the same of the validation rows, since what only the test rows show may be their draw."""
     base = next((s for s in found if s.method == "jactus"), None)
+    unit = TASKS[tasks[0]].unit  # tasks shown together have one
     tasks = [t for t in tasks if any(s.trained.get(t) for s in found)]
+    both = [{s.method: s.mean_by_seed(tasks) for s in summarised} for summarised in (found, on_validation)]
     lines = []
     for s in found:
         cells = []
         for task in tasks:
-            now, unit = s.trained.get(task, {}), TASKS[task].unit
+            now = s.trained.get(task, {})
             against = "" if base in (None, s) else f" ({_paired(now, base.trained.get(task, {}), unit)})"
             cells += [_spread(s.untrained[task], unit), _spread(now, unit) + against]
-        for summarised in (found, on_validation):
-            means = {other.method: other.mean_by_seed(tasks) for other in summarised}
+        for means in both:
             cells.append("–" if s is base else _paired(means.get(s.method, {}), means.get("jactus", {}), unit))
         lines.append((s.method, *cells, f"{s.sizes.trainable / 1e6:.2f}M"))
     phases = (f"{task}, {phase}" for task in tasks for phase in ("untrained", "trained"))

@@ -38,7 +38,7 @@ COMPRESSED = ("svd-llm+lora", "svd+lora", "asvd+lora", "fwsvd+lora", "cersa")
 FULL_RANK = "jactus[full_rank=True]"
 WIDER = "jactus[core_width=2.0]"  # with about as many parameters to train as LoRA on two factors has
 WITHOUT_UNION = "union_share=0"
-WIDER_ALONE = f"jactus[core_width=2.0,{WITHOUT_UNION}]"
+WIDER_WITHOUT_UNION = f"core_width=2.0,{WITHOUT_UNION}"
 WHOLE = ("full", "lora", "dora", "pissa", "corda", "eva", "eigentune")
 
 
@@ -64,7 +64,7 @@ def comparison() -> Iterator[Entry]:
         for task in TEXT:
             yield entry(task, method, 0.35)
     for task in TEXT:
-        yield varied(entry(task, "jactus", 0.35), method=WIDER_ALONE)
+        yield varied(entry(task, "jactus", 0.35), method=f"jactus[{WIDER_WITHOUT_UNION}]")
     for seeds in (FIRST, SEEDS):
         for method, budget in (
             *((method, 0.35) for method in COMPRESSED[2:]),
@@ -179,7 +179,7 @@ OF_LANGUAGE = ("metric=input", "leave_dense=False", "rank_floor=0.0", "calibrati
 ABLATED = (
     (0.35, (WITHOUT_UNION,), TEXT, SEEDS),  # whether the union pays: with seeds, low budgets and little calibration
     (0.8, (WITHOUT_UNION,), TEXT, SEEDS),
-    (0.35, (f"core_width=2.0,{WITHOUT_UNION}",), TEXT, SEEDS),
+    (0.35, (WIDER_WITHOUT_UNION,), TEXT, SEEDS),
     (0.35, ("calibration=64", f"calibration=64,{WITHOUT_UNION}"), TEXT, FIRST),
     (0.8, OF_LANGUAGE, LANGUAGES[:1], FIRST),
     (0.35, DECISIVE, ("newsgroups", "movies"), FIRST),

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import jactus
 
 from .. import data, models, vision
-from ..fetch import cache_folder
+from ..fetch import cache_folder, made_once
 from ..training import Examples, accuracy, batches, encode, perplexity, token_blocks
 
 TOKENS = 32  # of a newsgroup article: subject and first line, so that what must be learnt is in the words
@@ -152,12 +151,4 @@ def calibration_batches(task: Task, case: Case, rows: int, seed: int) -> list[di
 
 def _once(name: str, make: Callable[[Path], None]) -> Path:
     """The cache's file of that name, made by one process at a time, and whole or not there at all."""
-    folder = cache_folder() / "accuracy"
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"{name}.safetensors"
-    with FileLock(f"{file}.lock"):
-        if not file.exists():
-            unfinished = file.with_suffix(".unfinished")
-            make(unfinished)
-            unfinished.replace(file)
-    return file
+    return made_once(cache_folder() / "accuracy" / f"{name}.safetensors", make)

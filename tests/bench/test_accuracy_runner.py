@@ -145,6 +145,13 @@ def test_leads_are_over_whole_models_and_over_pipelines_of_the_same_budget():
     assert leads == [["jactus 80%", "–", "+2.00", "–"], ["jactus 35%", "–", "-1.00", "+4.00"]]
 
 
+def test_ablations_without_a_chosen_rate_yet_are_a_table_all_the_same():
+    changes = ("", "[metric=input]")
+    begun = [row(f"jactus{c}", lr=None, phase="untrained", task="newsgroups", budget=0.35) for c in changes]
+    text = figures.tables(begun)
+    assert "One setting changed at a time, 35%" in text
+
+
 def test_the_plot_is_written(tmp_path):
     rows = [row("lora", 0, lr, task="movies") for lr in methods.rates("lora")]
     figures.plot(rows, tmp_path / "p" / "plot.png")
