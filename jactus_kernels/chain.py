@@ -41,6 +41,7 @@ def chain_kernel(
     R: tl.constexpr,  # r rounded up: the whole rank is one block
     BW: tl.constexpr,
 ):
+    """Rows t … t + BT of (A B) K + bias, the inner product in registers; its file's docstring has the whole."""
     t = tl.program_id(0) * BT
     b_i = tl.zeros([BT, R], tl.float32)
     for at in range(0, k, BK):

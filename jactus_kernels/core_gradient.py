@@ -27,6 +27,7 @@ def gram_kernel(
     BR: tl.constexpr,
     BT: tl.constexpr,
 ):
+    """One (BR, BR) tile of qᵀ h over the tokens of one part."""
     row, col = tl.program_id(0) * BR, tl.program_id(1) * BR
     start = tl.program_id(2) * part_len
     stop = min(start + part_len, T)
@@ -59,6 +60,7 @@ def pair_kernel(
     R: tl.constexpr,
     BW: tl.constexpr,
 ):
+    """p = (g U) C by blocks of BT tokens, and this program's share of g_C = (g U)ᵀ h, with g U never stored."""
     b_gc = tl.zeros([R, R], tl.float32)
     for t in range(tl.program_id(0) * BT, T, tl.num_programs(0) * BT):
         b_q = tl.zeros([BT, R], tl.float32)

@@ -61,6 +61,7 @@ def covariance_kernel(
     BN: tl.constexpr,
     BT: tl.constexpr,
 ):
+    """α Xᵀ diag(mask) X by items (lower tile, part of T): added to S, or where SPLIT stored for the reduction."""
     if TMA:
         d_x = tl.make_tensor_descriptor(p_x, [T, n], [x_stride_t, 1], [BT, BN])
     for item in range(tl.program_id(0), tiles * parts, tl.num_programs(0)):

@@ -41,6 +41,7 @@ def decode_inner_kernel(
     BR: tl.constexpr,
     BK: tl.constexpr,
 ):
+    """The part of h = x B (T, BR columns) that one part of the inputs gives; its reader sums the parts."""
     col = tl.program_id(0) * BR
     start = tl.program_id(1) * part_len
     stop = min(start + part_len, n)
@@ -83,6 +84,7 @@ def decode_outer_kernel(
     BK: tl.constexpr,
     R: tl.constexpr,  # r rounded up, where CORE: z is one block
 ):
+    """BM columns of y = (h Cᵀ) Lᵀ + bias, or of h Lᵀ + bias, from the parts of h."""
     row = tl.program_id(0) * BM
     dtype = p_l.dtype.element_ty
     if CORE:

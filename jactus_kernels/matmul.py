@@ -34,6 +34,7 @@ def matmul_kernel(
     BK: tl.constexpr,
     GROUP: tl.constexpr,
 ):
+    """One (BM, BN) tile of A B + bias."""
     # blocks run in groups of GROUP rows, so that those resident together share columns of B in the L2 cache
     rows, cols = tl.cdiv(M, BM), tl.cdiv(N, BN)
     group = tl.program_id(0) // (GROUP * cols)
