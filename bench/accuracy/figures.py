@@ -69,6 +69,7 @@ def tables(rows: list[Row]) -> str:
         found = summaries(rows, list(stage()), tasks)
         if found:
             parts += [f"### Accuracy after training, %: {title}", _accuracy_table(found, tasks)]
+        if any(variant(s.method) and s.mean_by_seed(tasks) for s in found):
             parts += [f"### Points that JACTUS is ahead, {title}: mean, paired by seed", _lead_table(found, tasks)]
     spoken = summaries(rows, list(language()), LANGUAGES)
     if spoken:
