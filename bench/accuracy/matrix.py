@@ -72,11 +72,14 @@ def comparison() -> Iterator[Entry]:
         ):
             for task in TEXT:
                 yield entry(task, method, budget, seeds)
-    # What no claim rests on: one seed, at the rate chosen for the method's other budget.
+    # What no claim rests on: one seed, at the rate chosen for the method's other budget. CERSA's cores grow with theirs and
+    # bear other rates: at 80% that of 35% fails on sarcasm.
     for budget in (0.8, 0.5):
-        for method in COMPRESSED:
+        for method in COMPRESSED[:-1]:
             for task in TEXT:
                 yield varied(entry(task, method, 0.35, FIRST), budget=budget)
+        for task in TEXT:
+            yield entry(task, COMPRESSED[-1], budget, FIRST)
     for budget in (1.0, 0.5):
         for task in TEXT:
             yield varied(entry(task, FULL_RANK, 0.8, FIRST), budget=budget)
