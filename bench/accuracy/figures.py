@@ -15,7 +15,7 @@ from ..report import named, table
 from .matrix import SEEDS, ablations, chosen_rate, comparison, images, language
 from .methods import variant
 from .store import Row
-from .tasks import LANGUAGES, TASKS, TEXT, VISION
+from .tasks import LANGUAGES, LONG, TASKS, TEXT, VISION
 
 Scores = dict[int, float]  # by seed
 MARKERS = "osD^vP*X<>hpd8"
@@ -71,7 +71,7 @@ def tables(rows: list[Row]) -> str:
             parts += [f"### Accuracy after training, %: {title}", _accuracy_table(found, tasks)]
         if any(variant(s.method) and s.mean_by_seed(tasks) for s in found):
             parts += [f"### Points that JACTUS is ahead, {title}: mean, paired by seed", _lead_table(found, tasks)]
-    spoken = summaries(rows, list(language()), LANGUAGES)
+    spoken = summaries(rows, list(language()), (*LANGUAGES, LONG))
     if spoken:
         parts += ["### Perplexity, untrained → trained", _language_table(spoken)]
     on_validation = [replace(r, value=r.validation) for r in rows if r.validation is not None]
@@ -126,11 +126,11 @@ def _lead_table(found: list[Summary], tasks: Sequence[str]) -> str:
 
 
 def _language_table(found: list[Summary]) -> str:
-    lines = []
+    lines, tasks = [], (*LANGUAGES, LONG)
     for s in sorted(found, key=lambda s: -s.budget):
-        cells = [f"{_spread(s.untrained[t])} → {_spread(s.trained.get(t, {}))}" for t in LANGUAGES]
+        cells = [f"{_spread(s.untrained[t])} → {_spread(s.trained.get(t, {}))}" for t in tasks]
         lines.append((s.name, *cells, *_sizes(s.sizes)))
-    return table(("method", *LANGUAGES, "deployed", "in training", "trainable", "optimizer"), lines)
+    return table(("method", *tasks, "deployed", "in training", "trainable", "optimizer"), lines)
 
 
 def _ablation_table(found: list[Summary], on_validation: list[Summary], tasks: Sequence[str]) -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from .methods import EMBEDDINGS, is_compressed, rates
 from .store import Cell, Row
-from .tasks import LANGUAGES, TASKS, TEXT
+from .tasks import LANGUAGES, LONG, TASKS, TEXT
 
 SEEDS = (0, 1, 2)
 FIRST = SEEDS[:1]
@@ -118,6 +118,10 @@ def language() -> Iterator[Entry]:
             yield varied(spoken(task, COMPRESSED[0], 0.8, FIRST), method=method)
     yield entry(LANGUAGES[0], "cersa", 0.8, FIRST)  # its steps are of another size than adapters'
     yield from at_length(SEEDS)
+    for method in ("jactus", FULL_UNITED, COMPRESSED[0]):
+        yield spoken(LONG, method, 0.8, FIRST)
+    for method in ("lora", "full"):
+        yield spoken(LONG, method, 1.0, FIRST)
 
 
 def images() -> Iterator[Entry]:

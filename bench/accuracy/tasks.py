@@ -68,8 +68,8 @@ def _text(load: Callable[[], data.TextTask], length: int, rows: tuple[int, int])
     return Case(model, training, encode(tokenizer, task.validation, length), test)
 
 
-def _language(lines: Callable[[], list[str]], training_blocks: int) -> Case:
-    """The first 50 lines are the test's, the next 25 validation's."""
+def _language(lines: Callable[[], list[str]], training_blocks: int | None) -> Case:
+    """The first 50 lines are the test's, the next 25 validation's; of the rest so many blocks train, or all."""
     model, tokenizer = models.smollm2()
     cuts = (lines()[:50], lines()[50:75], lines()[75:])
     test, validation, training = (token_blocks(tokenizer, part, BLOCK) for part in cuts)
@@ -94,10 +94,12 @@ TASKS = _table(
     Task("digits", "accuracy", _digits, epochs=8, calibration=1000, rate=2.0),
     Task("wikipedia", load=functools.partial(_language, data.wikipedia_lines, 128), **LANGUAGE),
     Task("openwebtext", load=functools.partial(_language, data.openwebtext_lines, 128), **LANGUAGE),
+    Task("wikipedia-long", load=functools.partial(_language, data.wikipedia_lines, None), **LANGUAGE),
 )
 VISION = ("digits",)
 TEXT = ("sarcasm", "movies", "newsgroups")
 LANGUAGES = ("wikipedia", "openwebtext")
+LONG = "wikipedia-long"  # trains on all there is, seven times as much
 
 
 def prepared(task: Task, head: str, seed: int, device: str = "cpu") -> Case:
