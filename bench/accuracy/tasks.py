@@ -99,7 +99,7 @@ TASKS = _table(
 VISION = ("digits",)
 TEXT = ("sarcasm", "movies", "newsgroups")
 LANGUAGES = ("wikipedia", "openwebtext")
-LONG = "wikipedia-long"  # trains on all there is, seven times as much
+LONG = "wikipedia-long"  # trains on all there is: 1,101 blocks
 
 
 def prepared(task: Task, head: str, seed: int, device: str = "cpu") -> Case:
