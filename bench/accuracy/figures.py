@@ -69,11 +69,12 @@ def tables(rows: list[Row]) -> str:
         found = summaries(rows, list(stage()), tasks)
         if found:
             parts += [f"### Accuracy after training, %: {title}", _accuracy_table(found, tasks)]
-        if any(variant(s.method) and s.mean_by_seed(tasks) for s in found):
-            parts += [f"### Points that JACTUS is ahead, {title}: mean, paired by seed", _lead_table(found, tasks)]
-    spoken = summaries(rows, list(language()), (*LANGUAGES, LONG))
+        if leads := _lead_table(found, tasks):
+            parts += [f"### Points that JACTUS is ahead, {title}: mean, paired by seed", leads]
+    read = (*LANGUAGES, LONG)
+    spoken = summaries(rows, list(language()), read)
     if spoken:
-        parts += ["### Perplexity, untrained → trained", _language_table(spoken)]
+        parts += ["### Perplexity, untrained → trained", _language_table(spoken, read)]
     on_validation = [replace(r, value=r.validation) for r in rows if r.validation is not None]
     for budget, tasks in itertools.product(dict.fromkeys(e.budget for e in ablations()), (TEXT, LANGUAGES)):
         entries = [e for e in ablations() if e.budget == budget and e.task in tasks]
@@ -114,7 +115,7 @@ def _accuracy_table(found: list[Summary], tasks: Sequence[str]) -> str:
 
 def _lead_table(found: list[Summary], tasks: Sequence[str]) -> str:
     """JACTUS's means less the others', of the whole model or, of what has budgets too, at the same one; less its own
-    defaults' in the first column."""
+    defaults' in the first column. Nothing where JACTUS has no mean."""
     means = {(s.method, s.budget): mean for s in found if (mean := s.mean_by_seed(tasks))}
     others = ["jactus", *dict.fromkeys(method for method, _ in means if not variant(method))]
     lines = []
@@ -122,11 +123,11 @@ def _lead_table(found: list[Summary], tasks: Sequence[str]) -> str:
         if variant(method):
             against = [means.get((other, budget), means.get((other, 1.0), {})) for other in others]
             lines.append((named(method, budget), *("–" if a is mine else _paired(mine, a) for a in against)))
-    return table(("", *others), lines)
+    return table(("", *others), lines) if lines else ""
 
 
-def _language_table(found: list[Summary]) -> str:
-    lines, tasks = [], (*LANGUAGES, LONG)
+def _language_table(found: list[Summary], tasks: Sequence[str]) -> str:
+    lines = []
     for s in sorted(found, key=lambda s: -s.budget):
         cells = [f"{_spread(s.untrained[t])} → {_spread(s.trained.get(t, {}))}" for t in tasks]
         lines.append((s.name, *cells, *_sizes(s.sizes)))
