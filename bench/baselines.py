@@ -7,8 +7,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from jactus import JactusConfig
-from jactus.targets import find_targets
-from jactus.training import head_parameters
+from jactus.model.targets import find_targets, head_parameters
 
 
 def full_fine_tuning(model: nn.Module) -> nn.Module:

@@ -37,8 +37,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import jactus
 from jactus import JactusConfig, JactusError
-from jactus.calibration import partition, sum_bytes
-from jactus.targets import find_targets
+from jactus.calibration.passes import partition, sum_bytes
+from jactus.model.targets import find_targets
 
 TASKS = ("boolq", "piqa", "social_i_qa", "hellaswag", "winogrande", "ARC-Easy", "ARC-Challenge", "openbookqa")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

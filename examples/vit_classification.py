@@ -35,8 +35,8 @@ from transformers import (
 
 import jactus
 from jactus import JactusConfig, JactusError
-from jactus.calibration import partition, sum_bytes
-from jactus.targets import find_targets
+from jactus.calibration.passes import partition, sum_bytes
+from jactus.model.targets import find_targets
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -2,19 +2,19 @@
 
 from jactus_kernels import JactusError
 
-from .adapt import adapt
-from .calibration import calibrate
-from .checkpoint import load_cores, save_cores, save_pretrained
+from .calibration.head import fit_head
+from .calibration.passes import calibrate
+from .calibration.statistics import Statistics
+from .checkpoints.checkpoint import load_cores, save_cores, save_pretrained
+from .compression.coordinates import learning_rate
+from .compression.surgery import compress, fold, merge
+from .compression.trainable import mark_trainable, parameter_groups
 from .config import JactusConfig
-from .coordinates import learning_rate
-from .heads import fit_head
-from .layers import CoreLinear, FoldedLinear
-from .plan import Plan
-from .planning import plan
+from .model.lowrank import CoreLinear, FoldedLinear
+from .pipeline import adapt
+from .planning.planner import plan
+from .planning.plans import Plan
 from .report import rank_map, size, spectra
-from .statistics import Statistics
-from .surgery import compress, fold, merge
-from .training import mark_trainable, parameter_groups
 
 __version__ = "0.1.0"
 __all__ = [

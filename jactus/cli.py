@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 
 from jactus_kernels import JactusError
 
-from .checkpoint import save_pretrained
-from .plan import Plan
+from .checkpoints.checkpoint import save_pretrained
+from .compression.surgery import fold, merge
+from .planning.plans import Plan
 from .report import describe_layers, size
-from .surgery import fold, merge
 
 
 def main(argv: Sequence[str] | None = None) -> int:

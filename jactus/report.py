@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .layers import LowRankLinear, compressed_layers, core_layers
-from .plan import Plan
+from .model.lowrank import LowRankLinear, compressed_layers, core_layers
+from .planning.plans import Plan
 
 
 @dataclass(frozen=True)

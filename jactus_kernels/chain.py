@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import device
 from .blocks import add_bias, read, write
-from .plan import rank_block
+from .launches import rank_block
 from .tiles import find_tile
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import device
 from .blocks import read, sum_parts, write
-from .plan import rank_block, token_parts
+from .launches import rank_block, token_parts
 from .tiles import find_tile
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import device
 from .blocks import sum_parts
-from .plan import token_parts, triangle
+from .launches import token_parts, triangle
 from .tiles import find_tile
 
 

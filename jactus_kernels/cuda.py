@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import policy, reference
-from .plan import Shape
+from .launches import Shape
 
 
 def uses_triton(op: str, device: torch.device, dtype: torch.dtype, shape: Shape) -> bool:
@@ -65,9 +65,9 @@ def _layers(op: str, x: Tensor, m: int, V: Tensor):
     n, r = V.shape
     if not _uses_triton(op, x, m, n, r):
         return reference
-    from . import layers
+    from . import fused
 
-    return layers
+    return fused
 
 
 def _mm_has_out_dtype() -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import device
 from .blocks import add_bias, read, write
-from .plan import DECODE_TOKENS, rank_block
+from .launches import DECODE_TOKENS, rank_block
 from .tiles import find_tile
 
 PARTS = 8  # most parts of n: the second launch adds them up unrolled, and absent ones cost it nothing

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from . import cpu, cuda, reference
 from .errors import JactusError
-from .plan import Shape
+from .launches import Shape
 
 
 @torch.library.custom_op("jactus::covariance_update", mutates_args={"S"})

@@ -19,7 +19,7 @@ import torch
 from . import settings
 from .device import find_family_of, resolve_precision
 from .errors import JactusError
-from .plan import LIBRARY, Launch, Shape, torch_launches, triton_launches
+from .launches import LIBRARY, Launch, Shape, torch_launches, triton_launches
 from .roofline import GPUS, Gpu, find_gpu, floor, predict
 
 OPERATORS = ("covariance_update", "core_linear", "core_linear_train", "core_linear_backward", "folded_linear")

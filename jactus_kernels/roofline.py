@@ -7,7 +7,7 @@ hold until a measurement corrects them (see `policy`). Nothing here is a measure
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .plan import LIBRARY, Launch
+from .launches import LIBRARY, Launch
 
 
 @dataclass(frozen=True)

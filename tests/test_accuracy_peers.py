@@ -13,8 +13,8 @@ from bench.accuracy import compressors, peers
 from bench.accuracy.compressors import COMPRESSORS
 from bench.accuracy.peers import METHODS, Context
 from jactus import JactusConfig, JactusError
-from jactus.targets import find_targets
-from jactus.training import head_parameters
+from jactus.model.lowrank import compressed_layers
+from jactus.model.targets import find_targets, head_parameters
 from tests.models import BERT, BY_NAME, GPT2, LLAMA, VIT
 
 FULL = ("full", "full[linears]")
@@ -164,7 +164,7 @@ def test_cersa_takes_the_largest_common_energy_that_fits(budget):
     assert wanted(energy - 1e-9) == ranks
     assert ranks[flat.name] == 7  # 16×16: 8 would cost as much as dense
     assert cost(ranks) <= budget * plan.dense_parameters < cost(wanted(energy + 1e-9))
-    small = jactus.layers.compressed_layers(compressors.cersa(copy.deepcopy(model), None, budget))
+    small = compressed_layers(compressors.cersa(copy.deepcopy(model), None, budget))
     assert {k: layer.rank for k, layer in small.items()} == ranks
     for name, layer in small.items():
         for basis in (layer.U, layer.V):

@@ -5,7 +5,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from jactus.allocation import Offer, admissible_ranks, allocate, parameters, upper_hull
+from jactus.planning.allocation import Offer, admissible_ranks, allocate, parameters, upper_hull
 from jactus_kernels import JactusError
 
 

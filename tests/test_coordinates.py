@@ -8,9 +8,9 @@ import torch
 
 import jactus
 from jactus import JactusError
-from jactus.coordinates import RELATIVE_STEP
-from jactus.layers import core_layers
-from jactus.subspace import metric
+from jactus.compression.coordinates import RELATIVE_STEP
+from jactus.model.lowrank import core_layers
+from jactus.planning.subspace import metric
 from tests.models import BERT, SMALL, compressed, planned
 
 CONFIGS = {

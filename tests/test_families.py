@@ -9,7 +9,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 
 import jactus
 from jactus import JactusError
-from jactus.layers import CoreLinear, FoldedLinear, compressed_layers
+from jactus.model.lowrank import CoreLinear, FoldedLinear, compressed_layers
 from tests.models import BERT, BY_NAME, EVERY, FAMILIES, FULL, GPT2, LLAMA, SMALL, T5, WIDE, cast, compressed, planned
 
 families = pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)

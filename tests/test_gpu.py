@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import jactus
-from jactus.layers import compressed_layers
+from jactus.model.lowrank import compressed_layers
 from jactus_kernels import use
 from tests.models import BERT, EVERY, FAMILIES, FULL, LLAMA, WIDE
 

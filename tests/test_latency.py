@@ -12,9 +12,9 @@ import torch
 
 import jactus
 from jactus import JactusError, Plan
-from jactus.allocation import Offer, allocate
-from jactus.latency import Times, measured
-from jactus.targets import find_targets
+from jactus.model.targets import find_targets
+from jactus.planning.allocation import Offer, allocate
+from jactus.planning.latency import Times, measured
 from tests.models import BERT, GPT2, SMALL
 
 TIMED = SMALL.replace(accounting="folded", budget_unit="latency", rank_multiple=1)
@@ -33,7 +33,7 @@ def invented(targets, config):
 
 @pytest.fixture
 def timed(monkeypatch):
-    monkeypatch.setattr("jactus.planning.measured", invented)
+    monkeypatch.setattr("jactus.planning.planner.measured", invented)
     model = BERT.model()
     statistics = jactus.calibrate(model, BERT.batches(), TIMED, progress=False)
     return model, jactus.plan(model, statistics, TIMED, progress=False)
@@ -126,7 +126,7 @@ def test_each_shape_is_timed_once_dense_and_at_ranks_it_may_have(monkeypatch, fa
 
 def test_many_tokens_use_a_weight_often_enough_for_one_copy(monkeypatch):
     monkeypatch.setattr("torch.utils.benchmark.Timer", Clock)
-    monkeypatch.setattr("jactus.latency.COPIED", 10_000)
+    monkeypatch.setattr("jactus.planning.latency.COPIED", 10_000)
     for tokens, copied in ((1, True), (4096, False)):
         monkeypatch.setattr(Clock, "timed", [])
         measured(find_targets(BERT.model(), TIMED), TIMED.replace(latency_tokens=tokens))
@@ -153,7 +153,7 @@ def test_uniform_ranks_use_what_dense_layers_leave():
 
 @pytest.mark.parametrize("changes", [{"allocation": "uniform"}, {"leave_dense": True}, {"full_rank": True}])
 def test_a_time_is_kept_under_every_allocation(monkeypatch, changes):
-    monkeypatch.setattr("jactus.planning.measured", invented)
+    monkeypatch.setattr("jactus.planning.planner.measured", invented)
     model = BERT.model()
     config = TIMED.replace(**changes)
     plan = jactus.plan(model, jactus.calibrate(model, BERT.batches(), config, progress=False), config, progress=False)

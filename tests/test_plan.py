@@ -7,9 +7,9 @@ import torch
 
 import jactus
 from jactus import JactusConfig, JactusError, Plan
-from jactus.layers import compressed_layers
-from jactus.plan import core_width
-from jactus.subspace import metric
+from jactus.model.lowrank import compressed_layers
+from jactus.planning.plans import core_width
+from jactus.planning.subspace import metric
 from tests.models import BERT, LLAMA, SMALL, T5, VIT
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 import jactus
 from jactus import Statistics
-from jactus.recorder import Recorder
+from jactus.calibration.recorder import Recorder
 from tests.models import BERT, FAMILIES, GPT2, LLAMA, SMALL, T5, VIT
 
 DOUBLE = SMALL.replace(statistics_dtype="float64")

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from jactus.coordinates import change_coordinates
-from jactus.subspace import INDEPENDENT, directions, metric, task_rank
+from jactus.compression.coordinates import change_coordinates
+from jactus.planning.subspace import INDEPENDENT, directions, metric, task_rank
 from jactus_kernels import JactusError
 
 shapes = pytest.mark.parametrize(("m", "n"), [(12, 12), (9, 17), (20, 7)])

@@ -10,8 +10,8 @@ from transformers.pytorch_utils import Conv1D
 
 import jactus
 from jactus import JactusError
-from jactus.layers import compressed_layers
-from jactus.targets import find_targets
+from jactus.model.lowrank import compressed_layers
+from jactus.model.targets import find_targets
 from tests.models import BERT, FAMILIES, GPT2, LLAMA, SMALL, Family
 
 _moe = {

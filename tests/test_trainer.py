@@ -5,7 +5,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 import jactus
-from jactus.layers import compressed_layers
+from jactus.model.lowrank import compressed_layers
 from tests.models import BERT, EVERY, LLAMA, VIT, compressed
 
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import jactus
 from jactus import JactusConfig, JactusError, Plan, Statistics
-from jactus.layers import replace_module
-from jactus.targets import Target, find_targets
+from jactus.model.lowrank import replace_module
+from jactus.model.targets import Target, find_targets
 
 Factorise = Callable[[Tensor, int, Statistics | None, str], tuple[Tensor, Tensor]]
 CERSA = JactusConfig(

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 import jactus
-from jactus.allocation import Offer, admissible_ranks, allocate
-from jactus.subspace import metric
-from jactus.targets import Target, find_targets
+from jactus.model.targets import Target, find_targets
+from jactus.planning.allocation import Offer, admissible_ranks, allocate
+from jactus.planning.subspace import metric
 
 from ..report import table, versions
 from .methods import CONFIG

@@ -21,9 +21,8 @@ from torch import Tensor, nn
 import jactus
 from bench.baselines import full_fine_tuning, lora, lora_config
 from jactus import JactusConfig, JactusError, Statistics
+from jactus.model.targets import find_targets, head_parameters
 from jactus.report import Size
-from jactus.targets import find_targets
-from jactus.training import head_parameters
 
 from . import compressors
 from .compressors import COMPRESSORS

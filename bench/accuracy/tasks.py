@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import jactus
+from jactus.config import SOURCES
 
 from .. import data, models, vision
 from ..fetch import cache_folder, made_once
@@ -124,9 +125,7 @@ def calibrated(
     task: Task, case: Case, rows: int, seed: int, head: str, autocast: torch.dtype | None
 ) -> jactus.Statistics:
     """All sums over `rows` training examples drawn by `seed` (once; then read from the cache)."""
-    config = jactus.JactusConfig(
-        union=jactus.config.SOURCES, union_share=0.1
-    )  # whoever asks for a share finds its sums
+    config = jactus.JactusConfig(union=SOURCES, union_share=0.1)  # whoever asks for a share finds its sums
     device = next(case.model.parameters()).device.type
 
     def calibrate(file: Path) -> None:

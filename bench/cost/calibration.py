@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import jactus
-from jactus.targets import Target, find_targets
+from jactus.model.targets import Target, find_targets
 from jactus_kernels import covariance_update_, symmetrize_
 
 from ..report import versions

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from jactus.layers import core_layers
+from jactus.model.lowrank import core_layers
 from jactus_kernels import JactusError
 
 # Rounding of a chain of three products: a few units in the last place of the dtype, over sums of up to 11,008 terms. The same

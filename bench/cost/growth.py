@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 import jactus
-from jactus.subspace import directions, metric
+from jactus.planning.subspace import directions, metric
 from jactus_kernels import core_linear, covariance_update_
 
 from ..report import versions

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import DynamicCache
 
 import jactus
-from jactus.plan import Plan
+from jactus.planning.plans import Plan
 
 from ..report import named, versions
 from . import checks, flops, subjects

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 import jactus
-from jactus.plan import Plan, PlannedLayer
-from jactus.subspace import Directions, Side
-from jactus.targets import find_targets
+from jactus.model.targets import find_targets
+from jactus.planning.plans import Plan, PlannedLayer
+from jactus.planning.subspace import Directions, Side
 
 from ..report import versions
 from . import checks, subjects

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification
 
 import jactus
-from jactus.latency import measured
-from jactus.plan import Plan, PlannedLayer
-from jactus.subspace import Directions, Side
-from jactus.targets import find_targets
+from jactus.model.targets import find_targets
+from jactus.planning.latency import measured
+from jactus.planning.plans import Plan, PlannedLayer
+from jactus.planning.subspace import Directions, Side
 
 from ..accuracy.peers import METHODS, Context
 from ..accuracy.tasks import TASKS, calibrated, prepared

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from jactus_kernels.plan import Launch, Shape, torch_launches
+from jactus_kernels.launches import Launch, Shape, torch_launches
 from jactus_kernels.policy import COLUMNS as POLICY_COLUMNS
 from jactus_kernels.policy import MEASURED, slug
 from jactus_kernels.roofline import find_gpu, floor

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 import jactus_kernels as jk
-from jactus_kernels.plan import FULL, Launch
+from jactus_kernels.launches import FULL, Launch
 from jactus_kernels.policy import OPERATORS
 from jactus_kernels.roofline import GPUS, find_gpu, predict
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from jactus_kernels import chain, core_gradient, covariance, decode, matmul
 from jactus_kernels.device import resolve_precision
-from jactus_kernels.plan import CHAIN_RANK, DECODE_RANK, DECODE_TOKENS, PAIR_RANK
+from jactus_kernels.launches import CHAIN_RANK, DECODE_RANK, DECODE_TOKENS, PAIR_RANK
 from jactus_kernels.tiles import SHARED_LIMIT, Tile, find_tile
 
 from .compiled import Variant

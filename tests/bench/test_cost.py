@@ -11,7 +11,7 @@ from bench import rows as files
 from bench.cost import calibration, checks, figures, flops, growth, inference, planning, race, steps, store, subjects
 from bench.cost import files as disk
 from bench.cost.__main__ import FILES, main, parts, run
-from jactus.latency import Times
+from jactus.planning.latency import Times
 from jactus_kernels import JactusError
 
 WIDE, INNER, WORDS = 128, 192, 512

@@ -71,7 +71,7 @@ FAULTS = (
           "(col + o_c <= cols)[None, :]\n    tl.store", f"{CORE} -k matmul", f"{WRITE}|{RACE}"),
     Fault("dispatch: masked rows reach torch's sum", "cuda.py", "X = X.masked_fill(~mask[:, None], 0)", "pass",
           f"{DISPATCH} -k either", VALUES),
-    Fault("dispatch: the fused backward is forgotten", "layers.py", "fits_pair(T, r, size):", "False:",
+    Fault("dispatch: the fused backward is forgotten", "fused.py", "fits_pair(T, r, size):", "False:",
           f"{DISPATCH} -k planned", r"assert \["),
 )  # fmt: skip
 

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from jactus_kernels import plan, reference
+from jactus_kernels import launches, reference
 from jactus_kernels.tiles import Tile
 
 from .conftest import relative
 
 pytest.importorskip("triton")
-from jactus_kernels import chain, core_gradient, decode, layers, matmul
+from jactus_kernels import chain, core_gradient, decode, fused, matmul
 
 pytestmark = pytest.mark.kernel
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -116,24 +116,24 @@ def test_decode(randn, small_tiles, T, m, n, r, dtype, bias):
                                      (torch.float32, 48), (torch.float32, 66), (torch.float32, 130)])  # fmt: skip
 @pytest.mark.parametrize("T", [20, 3, 0])
 def test_whole_layers(randn, monkeypatch, dtype, r, T):
-    monkeypatch.setattr(plan, "PAIR_TOKENS", 0)
+    monkeypatch.setattr(launches, "PAIR_TOKENS", 0)
     x, U, C, V, b = layer(randn, T, 24, 40, r, dtype)
     inputs, g = (x, U, C, V, b), randn(T, 24, dtype=dtype)
     exact_y, exact_h = reference.core_linear_train(*doubled(inputs))
     torch_y, torch_h = reference.core_linear_train(*inputs)
-    assert_as_good_as_torch(layers.core_linear(*inputs), torch_y, exact_y)
-    y, h = layers.core_linear_train(*inputs)
+    assert_as_good_as_torch(fused.core_linear(*inputs), torch_y, exact_y)
+    y, h = fused.core_linear_train(*inputs)
     assert_as_good_as_torch(y, torch_y, exact_y)
     assert_as_good_as_torch(h, torch_h, exact_h)
     for needs in ((True, True), (True, False), (False, True)):
         back = (g, torch_h, U, C, V)
         exact = reference.core_linear_backward(*doubled(back), *needs)
         torchs = reference.core_linear_backward(*back, *needs)
-        for ours, same, true in zip(layers.core_linear_backward(*back, *needs), torchs, exact):
+        for ours, same, true in zip(fused.core_linear_backward(*back, *needs), torchs, exact):
             assert_as_good_as_torch(ours, same, true)
     folded = (x, U @ C, V.T.contiguous(), b)
     exact = reference.folded_linear(*doubled(folded))
-    assert_as_good_as_torch(layers.folded_linear(*folded), reference.folded_linear(*folded), exact)
+    assert_as_good_as_torch(fused.folded_linear(*folded), reference.folded_linear(*folded), exact)
 
 
 def test_layers_take_strided_tensors(randn, small_tiles):
@@ -141,7 +141,7 @@ def test_layers_take_strided_tensors(randn, small_tiles):
     wide = torch.zeros(20, 55, dtype=torch.bfloat16, device="cuda")
     wide[:, 3:43] = x
     views = (wide[:, 3:43], U.T.contiguous().T, C.T.contiguous().T, V.T.contiguous().T, b)
-    assert torch.equal(layers.core_linear(*views), layers.core_linear(x, U, C, V, b))
+    assert torch.equal(fused.core_linear(*views), fused.core_linear(x, U, C, V, b))
     scattered = torch.zeros(40, 80, dtype=torch.bfloat16, device="cuda")[::2, ::2]
     scattered.copy_(x)
-    assert torch.equal(layers.core_linear_train(scattered, U, C, V)[0], layers.core_linear(x, U, C, V))
+    assert torch.equal(fused.core_linear_train(scattered, U, C, V)[0], fused.core_linear(x, U, C, V))

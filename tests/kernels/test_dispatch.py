@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import jactus_kernels as jk
-from jactus_kernels import cuda, plan, reference
-from jactus_kernels.plan import Shape, triton_launches
+from jactus_kernels import cuda, launches, reference
+from jactus_kernels.launches import Shape, triton_launches
 
 from .conftest import relative
 from .test_core_kernels import assert_as_good_as_torch, doubled, layer
@@ -41,7 +41,7 @@ def run(op, x, U, C, V, b):
 @pytest.mark.parametrize("T,r", [(20, 16), (20, 144), (20, 272), (2, 16), (2, 272)])
 @pytest.mark.parametrize("many_from", [0, 1 << 15])
 def test_launches_are_those_planned(randn, launched, monkeypatch, op, T, r, many_from):
-    monkeypatch.setattr(plan, "PAIR_TOKENS", many_from)
+    monkeypatch.setattr(launches, "PAIR_TOKENS", many_from)
     tensors = layer(randn, T, 16, 24, r, torch.bfloat16)
     with jk.use(backend="triton"):
         run(op, *tensors)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import jactus_kernels as jk
-from jactus_kernels import plan, policy, roofline, settings
+from jactus_kernels import launches, policy, roofline, settings
 from jactus_kernels.tiles import SHARED_LIMIT, find_tile
 
 LAYER = {"m": 4096, "n": 4096, "gpu": "H100"}
@@ -154,11 +154,11 @@ def test_where_nothing_is_fused_torch_runs(dtype, r):
 
 
 def test_lengths_that_differ_little_are_decided_alike():
-    shapes = {policy._coarse(plan.Shape(T, 8, 8, 4)).T for T in range(1, 4097)}
+    shapes = {policy._coarse(launches.Shape(T, 8, 8, 4)).T for T in range(1, 4097)}
     assert shapes >= set(range(1, 65))
     assert len(shapes) < 64 + 8 * 6 + 2
     for T in range(65, 4097):
-        assert T * 8 / 9 <= policy._coarse(plan.Shape(T, 8, 8, 4)).T <= T
+        assert T * 8 / 9 <= policy._coarse(launches.Shape(T, 8, 8, 4)).T <= T
 
 
 @pytest.mark.parametrize("dtype,backend,says", [(torch.float64, "auto", "float64"), (torch.bfloat16, "torch", "says")])
@@ -198,7 +198,7 @@ def test_triton_asked_for_where_it_cannot_run():
 def test_parts_cover_every_token_once(T, tiles):
     for family in SHARED_LIMIT:
         tile = find_tile("covariance", family, 2)
-        parts, length = plan.token_parts(T, tile, tiles, slots=264)
+        parts, length = launches.token_parts(T, tile, tiles, slots=264)
         assert (parts - 1) * length < T <= parts * length
         assert length % tile.step == 0
         assert parts == 1 or parts * tiles <= 264

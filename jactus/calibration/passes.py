@@ -1,0 +1,175 @@
+"""Step 1, calibrate: one forward and backward over a few examples, summing covariances at every target layer."""
+
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from jactus_kernels import JactusError
+
+from ..config import JactusConfig
+from ..model.targets import Target, find_targets, output_embedding
+from .losses import Loss, loss_sum, to_device
+from .recorder import Recorder
+from .snapshots import Snapshots
+from .statistics import Statistics
+from .tokens import TokenMasks
+
+logger = logging.getLogger("jactus")
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    config: JactusConfig | None = None,
+    *,
+    loss: Loss | None = None,
+    resume: str | os.PathLike | None = None,
+    resume_every: float = 60.0,
+    progress: bool = True,
+) -> Statistics:
+    """Sum input covariances, output-gradient covariances and mean gradients over `batches`.
+
+    model: any torch module; it is put in eval mode for the run and left as it was, hooks removed, even on an error.
+    batches: dicts of keyword arguments with labels for a transformers model; anything that `loss` takes otherwise.
+        Rows where `attention_mask` is 0 enter no sum. The result does not depend on the batch size.
+    loss: `loss(model, batch)`, see `losses.loss_sum`; None takes the model's own.
+    resume: a file for snapshots, written every `resume_every` seconds and removed at the end. If it exists, the run
+        continues from it to the same result; batches must come in the same order (they are checked).
+
+    Raises JactusError for what cannot be calibrated: no target, no loss, values that are not finite (with the layer and
+    the batch), a layer that was never called, a snapshot of another run.
+    """
+    config = config or JactusConfig()
+    if torch.is_inference_mode_enabled():
+        raise JactusError("calibrate needs gradients and is called under torch.inference_mode(); call it outside")
+    targets = find_targets(model, config)
+    config = config.with_share(output_embedding(model) is not None)
+    for target in targets.values():
+        if not torch.isfinite(target.weight).all():
+            raise JactusError(f"{target} has weights that are not finite; the checkpoint is broken")
+    passes = partition(targets, config)
+    if len(passes) > 1 and iter(batches) is batches:
+        raise JactusError(
+            f"memory_limit={config.memory_limit} needs {len(passes)} passes over the batches, but they come from an "
+            "iterator that runs only once; pass a list or a DataLoader"
+        )
+    bytes_needed = max(sum(sum_bytes(t, config) for t in part) for part in passes)
+    logger.info("calibrating %d layers, sums of at most %.1f MB at a time", len(targets), bytes_needed / 1e6)
+    statistics = Statistics()
+    snapshots = Snapshots(resume, resume_every, config, model)
+    for number, part in enumerate(passes):
+        done = snapshots.finished(number)
+        if done is None:
+            done = _one_pass(model, batches, config, part, loss, snapshots, number, progress)
+            if number + 1 < len(passes):
+                snapshots.finish(done, number)
+        _append(statistics, done, to_cpu=len(passes) > 1)
+    snapshots.clear()
+    statistics.symmetrize_()
+    short = statistics.short_of_tokens()
+    if short and (config.needs_input or config.needs_output):
+        logger.warning(
+            "%d of %d layers saw fewer tokens than the 4n advised (pass more batches), e.g. %s: %d of %d",
+            len(short), len(targets), short[0], statistics.layer_tokens(short[0]), 4 * targets[short[0]].n,
+        )  # fmt: skip
+    return statistics
+
+
+def sum_bytes(target: Target, config: JactusConfig) -> int:
+    """Bytes of the sums kept for one layer, before any sharing of inputs."""
+    m, n = target.m, target.n
+    count = config.needs_input * n * n + config.needs_output * m * m + config.needs_gradient * m * n
+    return count * getattr(torch, config.statistics_dtype).itemsize
+
+
+def partition(targets: dict[str, Target], config: JactusConfig) -> list[list[Target]]:
+    """Targets, in order, cut into parts whose sums fit in `memory_limit` each; one part without a limit."""
+    limit = config.memory_limit
+    parts: list[list[Target]] = [[]]
+    used = 0
+    for target in targets.values():
+        size = sum_bytes(target, config)
+        if limit is not None and size > limit:
+            raise JactusError(f"memory_limit={limit} bytes is too small for {target}, whose sums take {size} bytes")
+        if limit is not None and used + size > limit:
+            parts.append([])
+            used = 0
+        parts[-1].append(target)
+        used += size
+    return parts
+
+
+def _append(whole: Statistics, part: Statistics, to_cpu: bool) -> None:
+    if to_cpu:
+        part.input_sums = {k: S.cpu() for k, S in part.input_sums.items()}
+        for layer in part.layers.values():
+            layer.output_sum = None if layer.output_sum is None else layer.output_sum.cpu()
+            layer.gradient_sum = None if layer.gradient_sum is None else layer.gradient_sum.cpu()
+    whole.layers |= part.layers
+    whole.input_sums |= part.input_sums
+    whole.tokens |= part.tokens
+    whole.terms = part.terms
+
+
+def _one_pass(
+    model: nn.Module,
+    batches: Iterable[Any],
+    config: JactusConfig,
+    part: list[Target],
+    loss: Loss | None,
+    snapshots: Snapshots,
+    number: int,
+    progress: bool,
+) -> Statistics:
+    statistics, skip = snapshots.started(number)
+    recorder = Recorder({t.name: t for t in part}, config, statistics)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    index = -1
+    with frozen_eval(model), recorder.hooks():
+        label = "calibrating" if number == 0 else f"calibrating, pass {number + 1}"
+        for index, batch in enumerate(tqdm(batches, label, unit="batch", disable=not progress)):
+            snapshots.see(batch)
+            if index < skip:
+                if index == skip - 1:
+                    snapshots.check(number)
+                continue
+            batch = to_device(batch, device)
+            recorder.begin(TokenMasks(model, batch, index))
+            with torch.enable_grad() if recorder.backward else torch.no_grad():
+                total, terms = loss_sum(model, batch, loss, index, recorder.blame)
+                recorder.between(index)
+                if recorder.backward:
+                    (total * config.loss_scale).backward()
+            statistics.terms += terms
+            recorder.end(index)
+            snapshots.maybe_save(statistics, number, index + 1)
+    if index < 0:
+        raise JactusError("no batch came out of `batches`; pass a list or loader with at least one")
+    if index + 1 < skip:
+        raise JactusError(
+            f"the snapshot holds {skip} batches, and only {index + 1} came; resume with the same ones or delete the file"
+        )
+    return statistics
+
+
+@contextmanager
+def frozen_eval(model: nn.Module) -> Iterator[None]:
+    """No dropout, no parameter gradients, no checkpointing (which runs layers twice); all put back at the end."""
+    training = [m for m in model.modules() if m.training]
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    try:
+        model.eval()
+        for p in trainable:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for m in training:
+            m.training = True
+        for p in trainable:
+            p.requires_grad_(True)

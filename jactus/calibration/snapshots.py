@@ -1,0 +1,129 @@
+"""Snapshots of a calibration run, so that one that was killed continues to the same result, or says it cannot."""
+
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from torch import Tensor, nn
+
+from jactus_kernels import JactusError
+
+from ..checkpoints import storage
+from ..config import JactusConfig
+from ..model.targets import fingerprint
+from .statistics import Statistics
+
+# The settings that decide what is summed; a snapshot made under others is another run.
+DECISIVE = (
+    "target_modules",
+    "exclude_modules",
+    "metric",
+    "union",
+    "union_share",
+    "statistics_dtype",
+    "memory_limit",
+    "loss_scale",
+)
+
+
+class Snapshots:
+    """Reads and writes the snapshot file of one run; does nothing without a path.
+
+    A snapshot is made between batches only, so an interruption at any moment loses at most the work since the last one.
+    """
+
+    def __init__(self, path: str | os.PathLike | None, every: float, config: JactusConfig, model: nn.Module) -> None:
+        self.path = Path(path) if path is not None else None
+        self.every, self.last = every, time.monotonic()
+        self.hasher = xxhash.xxh3_128()
+        self.identity = {
+            "config": {key: _plain(getattr(config, key)) for key in DECISIVE},
+            # all weights: a head fitted anew gives other gradients in every layer
+            "weights": {name: fingerprint(p) for name, p in model.named_parameters()} if path is not None else {},
+        }
+        self.parts: dict[int, tuple[Statistics, dict]] = {}
+        if self.path is not None and self.path.exists():
+            self._load()
+
+    def _load(self) -> None:
+        tensors, meta = storage.read(self.path, "calibration snapshot")  # type: ignore[arg-type]
+        for what, named in (("weights", "model (or a head fitted anew)"), ("config", "configuration")):
+            if meta["identity"][what] != self.identity[what]:
+                raise JactusError(
+                    f"{self.path} is a snapshot of a run with another {named}; resume with the same, or delete the file to "
+                    "start again"
+                )
+        for key, part in meta["parts"].items():
+            prefix = f"{key}/"
+            own = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+            self.parts[int(key)] = (Statistics.from_tensors(own, part["meta"]), part)
+
+    def finished(self, number: int) -> Statistics | None:
+        """The sums of pass `number` if the snapshot has it whole."""
+        self.hasher.reset()
+        statistics, part = self.parts.get(number, (None, {}))
+        return statistics if part.get("complete") else None
+
+    def started(self, number: int) -> tuple[Statistics, int]:
+        """The sums to go on with in pass `number`, and how many batches they hold already."""
+        statistics, part = self.parts.get(number, (Statistics(), {"batches": 0}))
+        return statistics, part["batches"]
+
+    def see(self, batch: Any) -> None:
+        """Take note of a batch, in order."""
+        if self.path is not None:
+            _feed(self.hasher, batch)
+
+    def check(self, number: int) -> None:
+        """After the last batch that the snapshot holds: were they the same ones?"""
+        part = self.parts[number][1]
+        if part["digest"] != self.hasher.hexdigest():
+            raise JactusError(
+                f"the first {part['batches']} batches are not those that {self.path} was made from (another order or other "
+                "data), so the run cannot be continued; fix the order, or delete the file to start again"
+            )
+
+    def maybe_save(self, statistics: Statistics, number: int, batches: int) -> None:
+        if self.path is not None and time.monotonic() - self.last >= self.every:
+            self._save(statistics, number, batches, complete=False)
+
+    def finish(self, statistics: Statistics, number: int) -> None:
+        if self.path is not None:
+            self._save(statistics, number, 0, complete=True)
+
+    def _save(self, statistics: Statistics, number: int, batches: int, complete: bool) -> None:
+        part = {"batches": batches, "digest": self.hasher.hexdigest(), "complete": complete}
+        self.parts[number] = (statistics, part)
+        tensors: dict[str, Tensor] = {}
+        for key, (kept, its) in self.parts.items():
+            own, its["meta"] = kept.to_tensors()
+            tensors |= {f"{key}/{k}": t for k, t in own.items()}
+        parts = {str(key): its for key, (_, its) in self.parts.items()}
+        storage.write(self.path, "calibration snapshot", tensors, {"identity": self.identity, "parts": parts})  # type: ignore[arg-type]
+        self.last = time.monotonic()
+
+    def clear(self) -> None:
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _feed(hasher: Any, batch: Any) -> None:
+    if isinstance(batch, Tensor):
+        hasher.update(f"{batch.dtype}{tuple(batch.shape)}".encode())
+        storage.update(hasher, batch)
+    elif isinstance(batch, Mapping):
+        for key in sorted(batch):
+            hasher.update(str(key).encode())
+            _feed(hasher, batch[key])
+    elif isinstance(batch, list | tuple):
+        for value in batch:
+            _feed(hasher, value)
+    else:
+        hasher.update(repr(batch).encode())

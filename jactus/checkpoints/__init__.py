@@ -1,0 +1,6 @@
+"""Files: everything that is written, and how `from_pretrained` reads a compressed model back.
+
+In: a compressed model, or tensors with a JSON header. Out: folders that transformers reads after `import jactus`, files of
+cores, and the one file format of statistics, plans and snapshots. Begin in `checkpoint.py` (save a model, swap cores);
+`quantizer.py` is the reload, `storage.py` the file format.
+"""

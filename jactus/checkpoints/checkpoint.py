@@ -1,0 +1,142 @@
+"""Save a compressed model so that `from_pretrained` reloads it, and swap the cores of one task for another's."""
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import PreTrainedModel
+
+from jactus_kernels import JactusError
+
+from ..model.lowrank import compressed_layers, core_layers
+from ..model.targets import fingerprint, head_parameters
+from . import storage
+from .quantizer import file_digest, own_name, record
+
+# What transformers calls its weight files; anything else in a directory is the user's.
+WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+
+
+def save_pretrained(model: PreTrainedModel, directory: str | os.PathLike, **kwargs) -> None:
+    """Write config.json and safetensors to `directory`, to be reloaded by `AutoModelFor….from_pretrained(directory)`.
+
+    All is written beside the directory's files first and moved in at the end, so a failure (a full disk) leaves an old
+    checkpoint whole; files of yours in the directory stay. kwargs go to the model's own `save_pretrained`.
+
+    Raises JactusError for a model that is not a transformers one, or when the disk refuses.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise JactusError(
+            f"save_pretrained needs a transformers PreTrainedModel, got {type(model).__name__}; for a plain module save "
+            "model.state_dict(), and load it into a model compressed with the same plan"
+        )
+    directory = Path(directory)
+    record(model)
+    partial = None
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=".saving-", dir=directory))
+        model.save_pretrained(partial, **{"state_dict": _with_tripwires(model), **kwargs})
+        _add_digests(partial)
+        for file in partial.iterdir():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+        written = {file.name for file in partial.iterdir()}
+        # Weights first: until config.json comes, a reader sees the old digests and says so.
+        for file in sorted(partial.iterdir(), key=lambda f: f.name == "config.json"):
+            os.replace(file, directory / file.name)
+        for stale in directory.iterdir():
+            if WEIGHT_FILE.fullmatch(stale.name) and stale.name not in written:
+                stale.unlink()
+    except (OSError, SafetensorError) as e:
+        raise JactusError(
+            f"could not save to {directory}: {e}; an older checkpoint there is untouched: free some space or choose "
+            "another directory"
+        ) from e
+    finally:
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _with_tripwires(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict with an empty `weight` for each low-rank layer: without `import jactus`, transformers then stops at
+    its shape, where it would otherwise make up dense weights and only warn."""
+    return {**model.state_dict(), **{f"{name}.weight": torch.empty(0) for name in compressed_layers(model)}}
+
+
+def _add_digests(directory: Path) -> None:
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    if "quantization_config" in config:
+        weights = sorted(directory.glob("*.safetensors"))
+        config["quantization_config"]["files"] = {file.name: file_digest(file) for file in weights}
+        (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def save_cores(model: nn.Module, path: str | os.PathLike) -> None:
+    """Write what trains (cores, head, …) to one file: a task on top of shared bases. A model frozen since is written whole.
+
+    Raises JactusError when the model has no three-factor layer, or the disk refuses.
+    """
+    bases = _bases(model)
+    names = _task_names(model) | set(head_parameters(model))
+    tensors = {name: p.detach() for name, p in model.named_parameters() if name in names}
+    storage.write(path, "cores", tensors, {"bases": bases})
+
+
+@torch.no_grad()
+def load_cores(model: nn.Module, path: str | os.PathLike) -> None:
+    """Put another task's cores (and head, …) into a model with the same bases, in place.
+
+    Nothing is changed unless all of it fits. Raises JactusError when the file is of other bases or of other shapes, or
+    lacks something that trains in this model.
+    """
+    tensors, meta = storage.read(path, "cores")
+    bases = _bases(model)
+    for name in sorted(set(bases) | set(meta["bases"])):
+        if bases.get(name) != meta["bases"].get(name):
+            raise JactusError(
+                f"{path} does not fit: its cores belong to other bases than this model has in {name}; load it into the "
+                "model it was saved from, or one compressed with the same plan"
+            )
+    parameters = dict(model.named_parameters())
+    for name, tensor in tensors.items():
+        if name not in parameters or parameters[name].shape != tensor.shape:
+            there = tuple(parameters[name].shape) if name in parameters else "nothing"
+            raise JactusError(f"{path} does not fit: {name} is {tuple(tensor.shape)} there and {there} in this model")
+    missing = sorted(_task_names(model) - set(tensors))
+    if missing:
+        raise JactusError(
+            f"{path} does not fit: it has no {missing[0]} (nor {len(missing) - 1} others), which would stay another task's; "
+            "load it into a model compressed with the same trainable_rank, in which the same extras train"
+        )
+    for name, tensor in tensors.items():
+        parameters[name].copy_(tensor)
+
+
+def _task_names(model: nn.Module) -> set[str]:
+    """Cores, what trains now, and what was chosen to train before the model was frozen."""
+    recorded = getattr(getattr(model, "config", None), "quantization_config", None)
+    chosen = {own_name(model, name) for name in getattr(recorded, "trainable", ())}
+    trains = {name for name, p in model.named_parameters() if p.requires_grad or name in chosen}
+    return trains | _core_names(model)
+
+
+def _core_names(model: nn.Module) -> set[str]:
+    """Parameters that make up the cores, whether they train at the moment or not."""
+    layers = core_layers(model).items()
+    return {
+        f"{name}.{key}" for name, layer in layers for key, _ in layer.named_parameters() if key in ("core", "block")
+    }
+
+
+def _bases(model: nn.Module) -> dict[str, list[str]]:
+    layers = core_layers(model)
+    if not layers:
+        raise JactusError(f"{type(model).__name__} has no three-factor layer, hence no cores to swap")
+    return {name: [fingerprint(layer.U), fingerprint(layer.V)] for name, layer in layers.items()}

@@ -1,0 +1,205 @@
+"""Reload through `AutoModelFor….from_pretrained(dir)` after `import jactus`: no edited model file, no remote code.
+
+The route is transformers' registered quantisers: config.json carries which layers are low-rank and of what shape, and a
+quantiser puts such layers into the empty model before its weights are read. Afterwards the model is an ordinary one.
+"""
+
+import math
+import os
+import re
+from typing import Any
+
+import torch
+import xxhash
+from torch import nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from jactus_kernels import JactusError
+
+from ..model.lowrank import CoreLinear, FoldedLinear, LowRankLinear, compressed_layers, replace_module
+from ..model.targets import looks_linear
+
+METHOD = "jactus"
+FORMAT = 1
+
+
+@register_quantization_config(METHOD)
+class JactusQuantizationConfig(QuantizationConfigMixin):
+    """What config.json says of a compressed model.
+
+    layers: name → form ('core' or 'folded') and shape; trainable: names of the parameters that require grad;
+    files: digests of the weight files, where `jactus.save_pretrained` wrote them.
+    """
+
+    def __init__(
+        self,
+        layers: dict[str, dict[str, Any]] | None = None,
+        trainable: list[str] | None = None,
+        files: dict[str, str] | None = None,
+        format: int = FORMAT,
+        **unknown: Any,
+    ) -> None:
+        if format > FORMAT:
+            raise JactusError(f"the checkpoint has format {format}, newer than {FORMAT}: upgrade jactus-kernels")
+        self.quant_method = METHOD  # type: ignore[assignment]
+        self.layers, self.trainable, self.format = layers or {}, trainable or [], format
+        if files:
+            self.files = files
+
+
+def describe(model: nn.Module) -> JactusQuantizationConfig:
+    """The record of a model's low-rank layers as they are now."""
+    layers = {name: _describe_layer(layer, model) for name, layer in compressed_layers(model).items()}
+    return JactusQuantizationConfig(layers, [name for name, p in model.named_parameters() if p.requires_grad])
+
+
+def _describe_layer(layer: LowRankLinear, model: nn.Module) -> dict[str, Any]:
+    core = isinstance(layer, CoreLinear)
+    bases = layer.U if isinstance(layer, CoreLinear) else layer.left
+    kept: dict[str, Any] = {
+        "form": "core" if core else "folded",
+        "m": layer.out_features,
+        "n": layer.in_features,
+        "rank": layer.rank,
+        "bias": layer.bias is not None,
+        "transposed": layer.transposed,
+    }
+    # Only a dtype that differs from the model's is fixed; the others follow from_pretrained(dtype=…).
+    for key, tensor in (("dtype", bases), ("bias_dtype", layer.bias)):
+        if tensor is not None and tensor.dtype != getattr(model, "dtype", tensor.dtype):
+            kept[key] = str(tensor.dtype).removeprefix("torch.")
+    if isinstance(layer, CoreLinear):
+        if layer.width != layer.rank:
+            kept["width"] = layer.width
+        if math.isfinite(layer.reach):
+            kept["reach"] = layer.reach
+        kept["trainable_rank"] = None if layer.block is None else layer.block.shape[0]
+        # always: a model loaded in bfloat16 still trains its cores as they were stored
+        kept["core_dtype"] = str(layer.core.dtype).removeprefix("torch.")
+    return kept
+
+
+def record(model: nn.Module) -> None:
+    """Write into the model's config what it takes to reload it, so that its own `save_pretrained` (and so Trainer's
+    checkpoints) can be reloaded; or take that away once the model is dense."""
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "to_dict"):
+        return
+    if compressed_layers(model):
+        config.quantization_config = describe(model)
+    elif hasattr(config, "quantization_config"):
+        del config.quantization_config
+
+
+@register_quantizer(METHOD)
+class JactusQuantizer(HfQuantizer):
+    """Puts the low-rank layers in place before the weights are read; quantises nothing."""
+
+    quantization_config: JactusQuantizationConfig
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        self._check_files(kwargs.get("checkpoint_files") or [])
+        for name, kept in self.quantization_config.layers.items():
+            own = own_name(model, name)
+            old = model.get_submodule(own) if own is not None else None
+            m, n = kept["m"], kept["n"]
+            expected = [n, m] if kept["transposed"] else [m, n]
+            if own is None or old is None or not looks_linear(old) or list(old.weight.shape) != expected:
+                raise JactusError(
+                    f"the checkpoint is of another model: it has a low-rank layer {name} ({m}×{n}), and "
+                    f"{type(model).__name__} has {'none of that name' if old is None else old} there"
+                )
+            replace_module(model, own, skeleton(kept))
+        tripwires = "|".join(re.escape(name) for name in compressed_layers(model))
+        model._keys_to_ignore_on_load_unexpected |= {rf"^({tripwires})\.weight$"}
+
+    def _check_files(self, paths: list[str]) -> None:
+        """Compare weight files with their digests, when the checkpoint has any."""
+        digests = getattr(self.quantization_config, "files", {})
+        for path in paths:
+            name = os.path.basename(path)
+            if digests and digests.get(name) != file_digest(path):
+                raise JactusError(
+                    f"{path} is truncated, corrupted or of another checkpoint: it does not match the digest in config.json"
+                )
+        if digests:
+            del self.quantization_config.files  # they describe the files just read, not what is saved next
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        _refuse_missing(model)
+        trainable = {own_name(model, name) for name in self.quantization_config.trainable}
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in trainable)
+        record(model)
+        # From here on it is an ordinary model: .half(), .to(dtype) and Trainer treat it as one.
+        model.is_quantized = False
+        del model.hf_quantizer, model.quantization_method
+        for module in model.modules():
+            if hasattr(module, "config") and hasattr(module.config, "_is_quantized"):
+                module.config._is_quantized = False
+        return model
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return True
+
+
+def _refuse_missing(model: nn.Module) -> None:
+    """transformers warns of weights that a checkpoint lacks and makes some up; a made-up factor is never wanted."""
+    for name, layer in compressed_layers(model).items():
+        for key, p in layer.named_parameters():
+            if p.device.type != "meta" and not getattr(p, "_is_hf_initialized", False):
+                raise JactusError(
+                    f"{name} ({layer}) has no {key} in the weight files: they are not the ones that belong to config.json; "
+                    "put those back, or save the model again"
+                )
+
+
+def own_name(model: nn.Module, name: str) -> str | None:
+    """The name in `model` of a module or parameter called `name` in the checkpoint: a base model's may lack the head's
+    prefix, and the other way round. None if there is none."""
+    prefix = getattr(model, "base_model_prefix", "")
+    known = {n for n, _ in model.named_modules()} | {n for n, _ in model.named_parameters()}
+    options = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
+    return next((option for option in options if option in known), None)
+
+
+def skeleton(kept: dict[str, Any]) -> LowRankLinear:
+    """An empty low-rank layer as a record describes it."""
+    dtype, bias_dtype, core_dtype = (
+        getattr(torch, kept[key]) if kept.get(key) else None for key in ("dtype", "bias_dtype", "core_dtype")
+    )
+    shape = (kept["m"], kept["n"], kept["rank"], kept["bias"], kept["transposed"])
+    layer: LowRankLinear
+    if kept["form"] == "folded":
+        layer = FoldedLinear(*shape, dtype=dtype)
+    else:
+        layer = CoreLinear(
+            *shape,
+            trainable_rank=kept["trainable_rank"],
+            dtype=dtype,
+            core_dtype=core_dtype,
+            width=kept.get("width"),
+            reach=kept.get("reach", math.nan),
+        )
+    if layer.bias is not None:  # of what the replaced layer had, whatever the bases are stored in
+        layer.bias = nn.Parameter(torch.empty(layer.out_features, dtype=bias_dtype), requires_grad=False)
+    return layer
+
+
+def file_digest(path: str | os.PathLike) -> str:
+    """xxh3 of a file's bytes."""
+    hasher = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 24):
+            hasher.update(chunk)
+    return hasher.hexdigest()

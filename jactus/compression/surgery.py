@@ -1,0 +1,134 @@
+"""Step 5 and 6 on a model: put the three factors in, fold them to two, or multiply them out again."""
+
+import torch
+from torch import nn
+
+from jactus_kernels import JactusError
+
+from ..checkpoints.quantizer import record
+from ..config import JactusConfig
+from ..model.lowrank import CoreLinear, LowRankLinear, compressed_layers, core_layers, replace_module
+from ..model.targets import find_targets
+from ..planning.planner import core_dtype
+from ..planning.plans import Plan, PlannedLayer
+from .coordinates import factors, step_scales
+from .trainable import mark_trainable
+
+
+def compress(model: nn.Module, plan: Plan) -> nn.Module:
+    """Replace the planned layers of `model` by three factors, in place; only cores and chosen extras then require grad.
+
+    Every layer is checked before the first is touched. Returns the model.
+
+    Raises JactusError when the model is compressed already or is not the one the plan was made for.
+    """
+    if not isinstance(plan, Plan):
+        raise JactusError(
+            f"compress takes a Plan, got {type(plan).__name__}; plan first, then pass plan.at(0.6) or the like"
+        )
+    targets = find_targets(model, plan.config)
+    for name, layer in plan.layers.items():
+        target = targets.get(name)
+        if target is None or target.fingerprint != layer.fingerprint:
+            found = "has no such layer" if target is None else f"has other weights there ({target})"
+            raise JactusError(
+                f"the plan is of another model: {name} ({layer.m}×{layer.n}) is planned, and this {type(model).__name__} "
+                f"{found}; plan this model (and compress before training it, not after)"
+            )
+        rank = plan.ranks[name]
+        wanted = 0 if rank is None else min(layer.width(rank, plan.config), layer.m, layer.n)  # of the weight
+        if wanted > layer.directions.kept:
+            raise JactusError(
+                f"{name} ({layer.m}×{layer.n}) is to have {wanted} directions a side, and the plan kept "
+                f"{layer.directions.kept}: its configuration was changed; plan again"
+            )
+    steps = step_scales(plan)
+    for name, layer in plan.layers.items():
+        rank = plan.ranks[name]
+        if rank is not None:
+            new = core_linear_from(layer, rank, targets[name].module, plan.config, steps[name])
+            replace_module(model, name, new)
+    mark_trainable(model, plan.config.trainable_extras)
+    return model
+
+
+@torch.no_grad()
+def core_linear_from(
+    layer: PlannedLayer, rank: int, old: nn.Module, config: JactusConfig, step: float = 1.0
+) -> CoreLinear:
+    """The three-factor layer of a planned layer at `rank`, its steps scaled by `step`, with the bias, device, dtype and mode
+    of the old one."""
+    weight: torch.Tensor = old.weight  # type: ignore[assignment]
+    U, C, V, reach = factors(layer, rank, config, step)
+    basis = config.basis_dtype(weight.dtype)
+    with torch.device("meta"):
+        new = CoreLinear(
+            layer.m,
+            layer.n,
+            rank,
+            trainable_rank=config.trainable_rank,
+            transposed=_is_transposed(old),
+            width=max(C.shape),
+            reach=reach,
+        )
+    for name, value, dtype in (("U", U, basis), ("core", C, core_dtype(config, basis)), ("V", V, basis)):
+        trains = getattr(new, name).requires_grad
+        setattr(new, name, nn.Parameter(value.to(weight.device, dtype).contiguous(), requires_grad=trains))
+    if new.block is not None:
+        new.block = nn.Parameter(torch.zeros(new.block.shape, dtype=new.core.dtype, device=weight.device))
+    new.bias = old.bias  # type: ignore[assignment]
+    return new.train(old.training)
+
+
+def _dtype(model: nn.Module) -> torch.dtype | None:
+    """What a transformers model says its dtype is; None of other modules, which have no such thing."""
+    dtype = getattr(model, "dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) else None
+
+
+def _is_transposed(layer: nn.Module) -> bool:
+    return not isinstance(layer, nn.Linear)
+
+
+@torch.no_grad()
+def fold(model: nn.Module) -> nn.Module:
+    """Multiply each core into its cheaper side, in place: two factors, r(m+n) parameters, the same function to rounding.
+
+    A layer that would not be smaller than dense becomes dense. The folded model is for deployment: its factors do not
+    train. Returns the model.
+
+    Raises JactusError when the model is in training mode, or has no three-factor layer.
+    """
+    if model.training:
+        raise JactusError(
+            "fold ends training (a folded layer has no core to train) and the model is in training mode; call "
+            "model.eval() first, and save a copy with jactus.save_pretrained if you want to train on"
+        )
+    layers = core_layers(model)
+    if not layers:
+        raise JactusError(f"{type(model).__name__} has no three-factor layer to fold; compress it first")
+    for name, layer in layers.items():
+        m, n = layer.out_features, layer.in_features
+        smaller = layer.rank * (m + n) < m * n
+        replace_module(model, name, layer.folded() if smaller else layer.dense(_dtype(model)))
+    record(model)
+    return model
+
+
+@torch.no_grad()
+def merge(model: nn.Module) -> nn.Module:
+    """Make the model dense again, in place: plain Linear (or Conv1D) layers with the same function to rounding.
+
+    Returns the model, which `save_pretrained` then writes as an ordinary checkpoint; like one freshly loaded, all its
+    parameters require grad.
+
+    Raises JactusError when the model has no low-rank layer.
+    """
+    layers: dict[str, LowRankLinear] = compressed_layers(model)
+    if not layers:
+        raise JactusError(f"{type(model).__name__} has no low-rank layer to merge; it is dense already")
+    for name, layer in layers.items():
+        replace_module(model, name, layer.dense(_dtype(model)))
+    model.requires_grad_(True)
+    record(model)
+    return model

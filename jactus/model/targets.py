@@ -1,0 +1,218 @@
+"""Which layers: name patterns as PEFT users know them, and a refusal by name of what cannot be compressed."""
+
+import logging
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from jactus_kernels import JactusError
+
+from ..config import JactusConfig
+from .lowrank import refuse_compressed
+
+logger = logging.getLogger("jactus")
+# What transformers calls the top-level heads of models that have no base model apart.
+HEADS = ("classifier", "score", "qa_outputs", "projector")
+
+
+@dataclass(frozen=True)
+class Target:
+    """One layer to replace, y = W x + b, W (m, n)."""
+
+    name: str
+    module: nn.Module
+    m: int
+    n: int
+    transposed: bool
+
+    @property
+    def weight(self) -> Tensor:
+        """W as (m, n); GPT-2's Conv1D keeps it the other way round."""
+        weight = self.module.get_parameter("weight").detach()
+        return weight.T if self.transposed else weight
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of shape, dtype and up to 4,096 evenly spaced weights: tells models apart at no cost."""
+        return fingerprint(self.weight)
+
+    def __str__(self) -> str:
+        return f"{self.name} ({type(self.module).__name__} {self.m}×{self.n})"
+
+
+def fingerprint(weight: Tensor) -> str:
+    """A digest of a tensor's shape and of up to 4,096 evenly spaced values."""
+    flat = weight.detach().reshape(-1)
+    # At most 4,096 positions, chosen without ever looping over the rest.
+    index = torch.linspace(0, flat.numel() - 1, min(flat.numel(), 4096), dtype=torch.float64).long()
+    sample = flat[index.to(flat.device)].double().cpu().numpy()
+    return xxhash.xxh3_64_hexdigest(f"{tuple(weight.shape)}".encode() + sample.tobytes())
+
+
+def find_targets(model: nn.Module, config: JactusConfig) -> dict[str, Target]:
+    """The layers that `config` selects in `model`, by name, in the model's order.
+
+    Raises JactusError when nothing matches, and for a selected layer that is quantised, wrapped by an adapter,
+    tied to another weight, parametrised or a fused three-dimensional tensor of experts: each by its name.
+    """
+    refuse_compressed(model)
+    _refuse_wrapper(model)
+    head = outside_base(model)
+    twice = _reachable_twice(model)
+    tied = _tied_weights(model)
+    everything = config.target_modules == "all-linear"
+    targets: dict[str, Target] = {}
+    for name, module in model.named_modules():
+        if not name or _matches(name, config.exclude_modules):
+            continue
+        if everything:
+            _refuse_experts(name, module)
+            if name in head or not _claims_to_be_linear(module) or min(getattr(module.weight, "shape", (2,))) < 2:
+                continue
+            if id(module.weight) in tied:
+                logger.info("%s stays as it is: its weight is tied to another module's", name)
+                continue
+        elif not _matches(name, config.target_modules):
+            continue
+        _refuse_unsuitable(name, module, tied)
+        if id(module) in twice:
+            raise JactusError(
+                f"{name} is also reachable as {twice[id(module)]}: replacing it under one name would leave it dense under the "
+                "other; add it to exclude_modules"
+            )
+        targets[name] = _target(name, module)
+    if not targets:
+        linear = [n for n, m in model.named_modules() if looks_linear(m)]
+        raise JactusError(
+            f"no module of {type(model).__name__} matches target_modules={config.target_modules!r} without "
+            f"exclude_modules={config.exclude_modules!r}; its linear layers are {linear[:4]}… ({len(linear)} in all)"
+        )
+    return targets
+
+
+def _target(name: str, module: nn.Module) -> Target:
+    transposed = isinstance(module, Conv1D)
+    rows, columns = module.get_parameter("weight").shape
+    m, n = (columns, rows) if transposed else (rows, columns)
+    return Target(name, module, m, n, transposed)
+
+
+def outside_base(model: nn.Module) -> set[str]:
+    """Names of all modules outside a Hugging Face model's base model (the heads), and of its output embedding."""
+    names: set[str] = set()
+    base = getattr(model, "base_model", None)
+    if isinstance(base, nn.Module) and base is not model:
+        inside = {id(m) for m in base.modules()}
+        names = {name for name, m in model.named_modules() if name and id(m) not in inside}
+    else:  # a model that is its own base, such as CLIPForImageClassification
+        names = {name for name, _ in model.named_modules() if name.split(".")[0] in HEADS}
+    embedding = output_embedding(model)
+    return names | {name for name, m in model.named_modules() if m is embedding and m is not None}
+
+
+def output_embedding(model: nn.Module) -> nn.Module | None:
+    """The layer from hidden states to the vocabulary; None for a model without one."""
+    getter = getattr(model, "get_output_embeddings", None)
+    return getter() if getter is not None else None
+
+
+def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of a Hugging Face model's task head, by name; none for a bare or a language model."""
+    outside = outside_base(model)
+    embedding = output_embedding(model)
+    kept = set() if embedding is None else {id(p) for p in embedding.parameters()}
+    return {name: p for name, p in model.named_parameters() if name.rpartition(".")[0] in outside and id(p) not in kept}
+
+
+def looks_linear(module: nn.Module) -> bool:
+    """Whether a module is a Linear or a Conv1D, or derived from one."""
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def _claims_to_be_linear(module: nn.Module) -> bool:
+    """Also true of quantised and adapter-wrapped layers, so that they are refused and not passed over."""
+    foreign = "linear" in type(module).__name__.lower() and hasattr(module, "in_features") and hasattr(module, "weight")
+    return looks_linear(module) or foreign
+
+
+def _refuse_wrapper(model: nn.Module) -> None:
+    inner = getattr(model, "_orig_mod", None)
+    if inner is None and type(model).__name__ in (
+        "DistributedDataParallel",
+        "DataParallel",
+        "FullyShardedDataParallel",
+    ):
+        inner = model.module
+    if isinstance(inner, nn.Module):
+        raise JactusError(
+            f"the model is wrapped by {type(model).__name__}; pass the {type(inner).__name__} inside it, and wrap it again "
+            "once its layers are replaced"
+        )
+
+
+def _reachable_twice(model: nn.Module) -> dict[int, str]:
+    """id → second name of every module that is an attribute under two names."""
+    seen: set[int] = set()
+    twice: dict[int, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if id(module) in seen:
+            twice.setdefault(id(module), name)
+        seen.add(id(module))
+    return twice
+
+
+def _matches(name: str, patterns: str | tuple[str, ...]) -> bool:
+    if isinstance(patterns, str):
+        try:
+            return bool(patterns) and re.fullmatch(patterns, name) is not None
+        except re.error as e:
+            raise JactusError(f"pattern {patterns!r} is not a regular expression ({e}); or pass a list of names") from e
+    return any(name == p or name.endswith(f".{p}") for p in patterns)
+
+
+def _tied_weights(model: nn.Module) -> set[int]:
+    """ids of parameters that more than one module holds."""
+    seen: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                seen[id(parameter)] = seen.get(id(parameter), 0) + 1
+    return {key for key, count in seen.items() if count > 1}
+
+
+def _refuse_experts(name: str, module: nn.Module) -> None:
+    fused = [k for k, p in module.named_parameters(recurse=False) if p.dim() == 3 and min(p.shape) > 1]
+    if fused and "expert" in f"{name} {type(module).__name__}".lower():
+        raise JactusError(
+            f"{name} ({type(module).__name__}) holds fused expert weights {fused} of shape "
+            f"{tuple(getattr(module, fused[0]).shape)}, which are not linear layers and would stay at full size; add it "
+            "to exclude_modules to compress the rest"
+        )
+
+
+def _refuse_unsuitable(name: str, module: Any, tied: set[int]) -> None:
+    kind = type(module).__name__
+    if hasattr(module, "base_layer"):
+        raise JactusError(f"{name} is wrapped by an adapter ({kind}); merge it first (peft: model.merge_and_unload())")
+    if hasattr(module, "parametrizations"):
+        raise JactusError(f"{name} is parametrised; call torch.nn.utils.parametrize.remove_parametrizations first")
+    if any(p.dim() == 3 for p in module.parameters(recurse=False)):
+        raise JactusError(f"{name} ({kind}) holds a three-dimensional weight; add it to exclude_modules")
+    plain = looks_linear(module) and type(module).forward in (nn.Linear.forward, Conv1D.forward)
+    if not plain or not module.weight.is_floating_point() or module.weight.element_size() < 2:
+        dtype = getattr(getattr(module, "weight", None), "dtype", None)
+        raise JactusError(
+            f"{name} is a {type(module).__module__}.{kind} with weight dtype {dtype}, not a plain Linear or Conv1D: load "
+            "the model unquantised, or add it to exclude_modules"
+        )
+    if id(module.weight) in tied:
+        raise JactusError(f"{name} shares its weight with another module; compressing one would untie them: exclude it")
+    if min(module.weight.shape) < 2:
+        raise JactusError(
+            f"{name} has weight {tuple(module.weight.shape)}: nothing to factor; add it to exclude_modules"
+        )

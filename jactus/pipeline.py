@@ -1,0 +1,47 @@
+"""The one line: fit the head if asked, calibrate, plan, compress."""
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from jactus_kernels import JactusError
+
+from .calibration.head import fit_head as fit
+from .calibration.losses import Loss
+from .calibration.passes import calibrate
+from .compression.surgery import compress
+from .config import JactusConfig
+from .planning.planner import plan
+
+
+def adapt(
+    model: nn.Module,
+    batches: Iterable[Any],
+    budget: float | None = None,
+    config: JactusConfig | None = None,
+    *,
+    fit_head: bool = False,
+    loss: Loss | None = None,
+    resume: str | os.PathLike | None = None,
+    progress: bool = True,
+) -> nn.Module:
+    """Compress `model` for the task of `batches`, in place, ready to be trained by any loop; returns it.
+
+    budget: what to keep, in (0, 1]; overrides config.budget. fit_head: first fit a fresh task head to frozen features.
+    The other arguments are those of `calibrate`. For several budgets calibrate and plan once, and use `plan.at`.
+
+    Raises JactusError as `fit_head`, `calibrate`, `plan` and `compress` do.
+    """
+    if isinstance(budget, JactusConfig):
+        raise JactusError("adapt's third argument is the budget; pass the JactusConfig as config=")
+    config = config or JactusConfig()
+    if budget is not None:
+        config = config.replace(budget=budget)
+    if fit_head:
+        if iter(batches) is batches:
+            raise JactusError("fit_head reads the batches twice, but they come from an iterator; pass a list or loader")
+        fit(model, batches, loss=loss, progress=progress)
+    statistics = calibrate(model, batches, config, loss=loss, resume=resume, progress=progress)
+    return compress(model, plan(model, statistics, config, progress=progress))

@@ -1,0 +1,162 @@
+"""Spectra and directions of every target layer, from its weight and what calibration saw: the work behind a plan."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from jactus_kernels import JactusError
+
+from ..calibration.statistics import Statistics
+from ..config import JactusConfig
+from ..model.targets import Target, find_targets, output_embedding
+from .allocation import admissible_ranks
+from .latency import measured
+from .plans import Plan, PlannedLayer, core_width, with_ranks
+from .subspace import Directions, Side, directions, metric, task_rank
+
+
+def plan(
+    model: nn.Module, statistics: Statistics | None, config: JactusConfig | None = None, *, progress: bool = True
+) -> Plan:
+    """Spectra and directions of every target layer in the configured metric, and ranks for the configured budget.
+
+    statistics: from `calibrate` on this very model; None is enough for metric='identity', union=('weight',).
+
+    Raises JactusError when the statistics are of another model or configuration, or weights are not finite.
+    """
+    config = config or JactusConfig()
+    if not isinstance(model, nn.Module) or not isinstance(statistics, Statistics | None):
+        raise JactusError(
+            f"plan takes (model, statistics, config), got ({type(model).__name__}, {type(statistics).__name__}, …)"
+        )
+    targets = find_targets(model, config)
+    of_language = output_embedding(model) is not None
+    config = config.with_share(of_language)
+    needs_any = config.needs_input or config.needs_output or config.needs_gradient
+    if statistics is None and needs_any:
+        raise JactusError("plan needs statistics for this configuration; call jactus.calibrate first")
+    if statistics is not None:
+        _check_statistics(targets, statistics, config)
+    inputs = _InputCache(statistics, config)
+    times = measured(targets, config) if config.budget_unit == "latency" else {}
+    layers = {}
+    for name, target in tqdm(targets.items(), "planning", unit="layer", disable=not progress):
+        found = _plan_layer(target, statistics if needs_any else None, config, inputs)
+        layers[name] = replace(found, times=times.get(name))
+    counted = sum(t.m * t.n for t in targets.values())
+    others = sum(p.numel() for p in model.parameters()) - counted
+    return with_ranks(Plan(layers, config, {}, others, of_language))
+
+
+def _check_statistics(targets: dict[str, Target], statistics: Statistics, config: JactusConfig) -> None:
+    for name, target in targets.items():
+        known = statistics.layers.get(name)
+        if known is None:
+            raise JactusError(f"{target} is not in the statistics; calibrate with the same target_modules")
+        if known.fingerprint != target.fingerprint:
+            raise JactusError(
+                f"{target}: the statistics are of a model with other weights here; calibrate this model (and plan before "
+                "training it, not after)"
+            )
+        missing = (
+            (config.needs_input and known.inputs not in statistics.input_sums, "input covariances"),
+            (config.needs_output and known.output_sum is None, "output-gradient covariances"),
+            (config.needs_gradient and known.gradient_sum is None, "mean gradients"),
+        )
+        for absent, what in missing:
+            if absent:
+                raise JactusError(f"the statistics hold no {what}, which this configuration needs; calibrate with it")
+
+
+class _InputCache:
+    """A and the metric it defines, kept while consecutive layers share one input."""
+
+    def __init__(self, statistics: Statistics | None, config: JactusConfig) -> None:
+        self.statistics, self.config = statistics, config
+        self.key: str | None = None
+        self.value: tuple[Tensor | None, Tensor | None] = (None, None)
+
+    def of(self, target: Target) -> tuple[Tensor | None, Tensor | None]:
+        """A, and damped in float64 on the weight's device (None for the identity metric)."""
+        if self.statistics is None or not self.config.needs_input:
+            return None, None
+        key = self.statistics.layers[target.name].inputs
+        if key != self.key:
+            A = self.statistics.input_covariance(target.name)
+            used = A if self.config.metric in ("input", "fisher") else None
+            self.key, self.value = key, (A, _metric(target, used, self.config))
+        return self.value
+
+
+def _metric(target: Target, covariance: Tensor | None, config: JactusConfig) -> Tensor | None:
+    try:
+        return metric(covariance, config.damping, target.weight.device)
+    except JactusError as e:
+        raise JactusError(f"{target}: {e}") from e
+
+
+def _plan_layer(
+    target: Target, statistics: Statistics | None, config: JactusConfig, inputs: _InputCache
+) -> PlannedLayer:
+    weight = target.weight
+    if not torch.isfinite(weight).all():
+        raise JactusError(f"{target} has weights that are not finite; the checkpoint is broken")
+    A, metric_A = inputs.of(target)
+    G = statistics.output_covariance(target.name) if statistics is not None and config.needs_output else None
+    metric_G = _metric(target, G if config.metric in ("gradient", "fisher") else None, config)
+    ranks = admissible_ranks(target.m, target.n, config.rank_multiple, config.accounting == "folded")
+    most = min(target.m, target.n) if config.full_rank else int(ranks[-1]) if len(ranks) else 0
+    by_covariance = "covariance" in config.task_sources
+    try:
+        found = directions(
+            weight,
+            metric_G,
+            metric_A,
+            keep=core_width(most, target.m, target.n, config),
+            tasks=task_rank(most, config.share) if config.task_sources else 0,
+            output_covariance=G if by_covariance else None,
+            input_covariance=A if by_covariance else None,
+            gradient=statistics.mean_gradient(target.name) if statistics and config.needs_gradient else None,
+        )
+    except torch.linalg.LinAlgError as e:
+        raise JactusError(f"{target}: {e}") from e
+    basis = config.basis_dtype(weight.dtype)
+    if basis.itemsize > weight.itemsize:
+        raise JactusError(
+            f"{target} is stored in {weight.dtype}, and JactusConfig.dtype = {config.dtype!r} would store its factors wider, for "
+            "nothing: layers compute in their input's dtype; leave dtype=None, or choose core_dtype"
+        )
+    return PlannedLayer(
+        target.name,
+        target.m,
+        target.n,
+        target.fingerprint,
+        _stored(found),
+        (_scale(G) if metric_G is not None else 0.0, _scale(A) if metric_A is not None else 0.0),
+        statistics.layer_tokens(target.name) if statistics is not None else 1,
+        (basis.itemsize, core_dtype(config, basis).itemsize, weight.itemsize),
+        beyond=found.beyond if config.full_rank else 0,
+    )
+
+
+def core_dtype(config: JactusConfig, basis: torch.dtype) -> torch.dtype:
+    """The dtype a core is stored in beside bases of dtype `basis`: at least float32 unless configured."""
+    if config.core_dtype:
+        return getattr(torch, config.core_dtype)
+    return torch.promote_types(basis, torch.float32)
+
+
+def _scale(S: Tensor | None) -> float:
+    return 0.0 if S is None else float(S.diagonal().double().mean())
+
+
+def _stored(d: Directions) -> Directions:
+    """On the CPU, directions in float32, the small matrices in float64: a plan is about as large as the weights it replaces,
+    and larger where cores are wider or of full rank."""
+
+    def small(side: Side) -> Side:
+        return Side(side.weight.float().cpu(), side.task.float().cpu(), side.cross.cpu(), side.gram.cpu())
+
+    return Directions(small(d.left), small(d.right), d.sigma.cpu(), d.task_core.cpu())

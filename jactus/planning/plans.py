@@ -1,0 +1,291 @@
+"""A plan: every layer's spectrum, its directions, and the ranks that a budget gives; enough to compress with.
+
+Made once per calibration. `plan.at(0.6)` re-allocates from the spectra alone, so sweeping budgets costs nothing.
+"""
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from jactus_kernels import JactusError
+
+from ..checkpoints import storage
+from ..config import JactusConfig
+from ..model.lowrank import core_shape
+from .allocation import Offer, admissible_ranks, allocate, parameters
+from .latency import Times
+from .subspace import PARTS, Directions, Side, task_rank
+
+
+@dataclass(frozen=True)
+class PlannedLayer:
+    """One layer of a plan. `scales` are the mean diagonals of G and A (0 where the metric is the identity); `times` are
+    of the layer deployed, measured where the budget is of latency; `beyond` counts the task directions outside all weight
+    directions, of the longer side, where the plan may give the layer its full rank."""
+
+    name: str
+    m: int
+    n: int
+    fingerprint: str
+    directions: Directions
+    scales: tuple[float, float]
+    tokens: int
+    sizes: tuple[int, int, int]  # bytes per element of the bases, of the core and of the dense weight
+    times: Times | None = None
+    beyond: int = 0
+
+    @property
+    def energies(self) -> Tensor:
+        """σ² (min(m, n),), float64: the loss that dropping each weight direction costs, times two."""
+        return self.directions.sigma.double().square()
+
+    def offer(self, config: JactusConfig) -> Offer:
+        """The layer's admissible ranks with what they cost and gain under `config`."""
+        m, n = self.m, self.n
+        folded = config.accounting == "folded"
+        ranks = admissible_ranks(m, n, config.rank_multiple, folded)
+        kept = np.concatenate([[0.0], np.cumsum(self.energies.numpy())])
+        weight_ranks = np.array([self.weight_rank(int(r), config) for r in ranks], dtype=int)
+        gain = kept[np.minimum(weight_ranks, len(kept) - 1)]
+        basis, core, whole = self.sizes
+        if config.budget_unit == "latency":
+            cost, dense = self._timed.at(ranks), self._timed.dense
+        elif config.budget_unit == "bytes":
+            cost = parameters(m, n, ranks, True) * basis + (0 if folded else ranks * ranks * core)
+            dense = m * n * whole
+        else:
+            # FLOPs are 2 a parameter and token; layers differ in how many tokens reach them
+            each = 2 * self.tokens if config.budget_unit == "flops" else 1
+            cost, dense = parameters(m, n, ranks, folded) * each, m * n * each
+        pays = cost < dense  # in time or bytes a rank may cost more than the layer it would replace
+        ranks, cost, gain = ranks[pays], cost[pays], gain[pays]
+        ends_dense = config.leave_dense or config.full_rank or not len(ranks)
+        if ends_dense:
+            ranks, cost, gain = np.append(ranks, min(m, n)), np.append(cost, dense), np.append(gain, kept[-1])
+        return Offer(self.name, ranks, cost.astype(float), gain, ends_dense, float(dense))
+
+    @property
+    def _timed(self) -> Times:
+        if self.times is None:
+            raise JactusError(f"the plan has no times of {self.name}; plan again with budget_unit='latency'")
+        return self.times
+
+    def width(self, rank: int, config: JactusConfig) -> int:
+        """The longer side of the core at a rank.
+
+        At full rank the layer's shorter side has all directions and the longer as many weight directions, which are what W
+        needs; to learn with it has the task's as well, as many as a rank of that size has anywhere.
+        """
+        if not self.is_full(rank):
+            return core_width(rank, self.m, self.n, config)
+        most = rank + min(task_rank(rank, config.share), self.beyond)
+        return max(rank, most - most % config.rank_multiple)
+
+    def core_parameters(self, rank: int, config: JactusConfig) -> int:
+        """What trains at a rank."""
+        return rank * self.width(rank, config)
+
+    def stored_parameters(self, rank: int, config: JactusConfig) -> int:
+        """U, C and V at a rank."""
+        p, q = core_shape(self.m, self.n, rank, self.width(rank, config))
+        return self.m * p + self.n * q + p * q
+
+    def folded_parameters(self, rank: int) -> int:
+        """What is deployed at a rank: the two factors, or the dense layer where they would be larger."""
+        return min(parameters(self.m, self.n, rank, folded=True), self.m * self.n)
+
+    def seconds(self, rank: int | None) -> float:
+        """What a call of the layer takes, folded, at a rank (None: dense). Raises JactusError where that was not measured."""
+        dense = rank is None or self.is_full(rank)
+        return self._timed.dense if dense else float(self._timed.at(np.array([rank]))[0])
+
+    def is_full(self, rank: int) -> bool:
+        """Whether that is the layer's full rank, at which it folds to a dense layer."""
+        return rank == min(self.m, self.n)
+
+    def weight_rank(self, rank: int, config: JactusConfig) -> int:
+        """How many of `rank` directions a side are weight directions."""
+        return rank - task_rank(rank, self.share(rank, config))
+
+    def share(self, rank: int, config: JactusConfig) -> float:
+        """The part of a rank that task directions take from weight directions: none where the layer has none of them, or
+        its full rank."""
+        return config.share if self.directions.task_core.numel() and not self.is_full(rank) else 0.0
+
+
+def core_width(rank: int, m: int, n: int, config: JactusConfig) -> int:
+    """The longer side of a core: config.core_width · rank, up to the next multiple; not more than the layer's shorter side."""
+    wanted = min(config.core_width * rank - 1e-9, m, n)
+    return max(rank, min(math.ceil(wanted / config.rank_multiple) * config.rank_multiple, m, n))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Ranks for every target layer (None: stays dense), and what they cost. `of_language`: the model is one of language,
+    which `leave_dense=None` goes by."""
+
+    layers: dict[str, PlannedLayer]
+    config: JactusConfig
+    ranks: dict[str, int | None]
+    other_parameters: int
+    of_language: bool = False
+
+    def at(self, budget: float) -> "Plan":
+        """The same spectra under another budget: instant, without model or data. Raises JactusError as JactusConfig."""
+        return self.with_config(budget=budget)
+
+    def with_config(self, **changes: Any) -> "Plan":
+        """The same spectra allocated under other settings of the configuration. Raises JactusError as JactusConfig."""
+        return with_ranks(replace(self, config=self.config.replace(**changes)))
+
+    @cached_property
+    def dense_parameters(self) -> int:
+        """Weights of the targeted layers before."""
+        return sum(layer.m * layer.n for layer in self.layers.values())
+
+    def _total(self, of: Callable[[PlannedLayer, int], int]) -> int:
+        """The sum over the targeted layers of `of(layer, rank)`, dense layers in full."""
+        pairs = [(layer, self.ranks[name]) for name, layer in self.layers.items()]
+        return sum(layer.m * layer.n if rank is None else of(layer, rank) for layer, rank in pairs)
+
+    @property
+    def stored_parameters(self) -> int:
+        """Weights of the targeted layers with their cores: Σ r(m+n)+r² with square cores, dense layers in full."""
+        return self._total(lambda layer, rank: layer.stored_parameters(rank, self.config))
+
+    @property
+    def folded_parameters(self) -> int:
+        """Weights of the targeted layers once folded: Σ r(m+n), layers that are dense then in full."""
+        return self._total(PlannedLayer.folded_parameters)
+
+    @property
+    def core_parameters(self) -> int:
+        """Parameters of all cores: what trains."""
+        ranks = self.ranks.items()
+        return sum(self.layers[name].core_parameters(rank, self.config) for name, rank in ranks if rank is not None)
+
+    @property
+    def predicted_loss(self) -> float:
+        """½ Σ of the squared singular values left out: the rise of the mean loss per term by the quadratic model.
+
+        An upper bound within that model: what task directions happen to preserve is not counted.
+        """
+        lost = 0.0
+        for name, layer in self.layers.items():
+            rank = self.ranks[name]
+            if rank is not None:
+                lost += float(layer.energies[layer.weight_rank(rank, self.config) :].sum())
+        return lost / 2
+
+    @property
+    def predicted_time(self) -> float:
+        """What calls of all targeted layers take, folded, as a part of what they take dense; measured while planning.
+
+        Raises JactusError where the plan was made for another unit than latency.
+        """
+        layers = self.layers.items()
+        return sum(layer.seconds(self.ranks[name]) for name, layer in layers) / sum(
+            layer.seconds(None) for _, layer in layers
+        )
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write one safetensors file, atomically. Raises JactusError when the disk refuses."""
+        tensors: dict[str, Tensor] = {}
+        for name, layer in self.layers.items():
+            tensors |= {f"{key}/{name}": t for key, t in _tensors(layer.directions).items()}
+        described = {
+            name: {k: getattr(layer, k) for k in ("m", "n", "fingerprint", "scales", "tokens", "sizes", "beyond")}
+            | {"times": layer.times and asdict(layer.times)}
+            for name, layer in self.layers.items()
+        }
+        meta = {
+            "config": self.config.to_dict(),
+            "layers": described,
+            "other_parameters": self.other_parameters,
+            "of_language": self.of_language,
+        }
+        storage.write(path, "plan", tensors, meta)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "Plan":
+        """Read what `save` wrote. Raises JactusError for a missing, truncated, corrupted or newer file."""
+        tensors, meta = storage.read(path, "plan")
+        layers = {}
+        for name, kept in meta["layers"].items():
+            of = {key.split("/", 1)[0]: t for key, t in tensors.items() if key.split("/", 1)[1] == name}
+            left, right = (Side(*(of[f"{side}_{part}"] for part in PARTS)) for side in ("left", "right"))
+            # plans of before bytes of the dense weight were told apart took them to be those of the bases
+            kept |= {"scales": tuple(kept["scales"]), "sizes": (*kept["sizes"], kept["sizes"][0])[:3]}
+            if times := kept.pop("times", None):  # plans of before there were any have none
+                kept["times"] = Times(times["dense"], tuple(times["ranks"]), tuple(times["folded"]))
+            layers[name] = PlannedLayer(name, directions=Directions(left, right, of["sigma"], of["task_core"]), **kept)
+        config = JactusConfig.from_dict(meta["config"])
+        return with_ranks(cls(layers, config, {}, meta["other_parameters"], meta.get("of_language", False)))
+
+    def __str__(self) -> str:
+        return _table(self)
+
+
+def _tensors(d: Directions) -> dict[str, Tensor]:
+    sides = {f"{side}_{part}": getattr(getattr(d, side), part) for side in ("left", "right") for part in PARTS}
+    return {**sides, "sigma": d.sigma, "task_core": d.task_core}
+
+
+def with_ranks(plan: Plan) -> Plan:
+    """The plan with ranks for its configured budget, from its spectra."""
+    config = plan.config.with_share(plan.of_language)
+    plan = replace(plan, config=config)
+    if config.leave_dense is None:
+        config = config.replace(leave_dense=plan.of_language and not config.full_rank)
+    for name, layer in plan.layers.items():
+        if config.full_rank and layer.directions.kept < min(layer.m, layer.n):
+            raise JactusError(
+                f"{name} ({layer.m}×{layer.n}): the plan kept {layer.directions.kept} directions a side, full_rank=True needs "
+                f"{min(layer.m, layer.n)}; plan again with it"
+            )
+    offers = [layer.offer(config) for layer in plan.layers.values()]
+    fraction = config.budget
+    if config.scope == "model":
+        kept = config.budget * (plan.dense_parameters + plan.other_parameters) - plan.other_parameters
+        fraction = kept / plan.dense_parameters
+        if fraction <= 0:
+            raise JactusError(
+                f"budget={config.budget} of the whole model leaves nothing for the targeted layers: what is not targeted "
+                f"(embeddings, norms, heads) is {plan.other_parameters} parameters already; raise it or use scope='targets'"
+            )
+        fraction = min(fraction, 1.0)
+    budget = fraction * sum(o.dense_cost for o in offers)
+    whole = {name: min(layer.m, layer.n) if config.full_rank else None for name, layer in plan.layers.items()}
+    if fraction >= 1:  # nothing to save, and nothing lost
+        return replace(plan, ranks=whole)
+    chosen = allocate(offers, budget, fraction, config.allocation == "uniform", config.rank_floor)
+    ranks = {o.name: whole[o.name] if o.is_dense(c) else int(o.ranks[c]) for o, c in zip(offers, chosen)}
+    return replace(plan, ranks=ranks)
+
+
+def _table(plan: Plan) -> str:
+    """A plan as text: one line a layer, then what it all costs."""
+    wide = max(map(len, plan.layers))
+    lines = [f"{'layer':<{wide}}  {'shape':>12}  {'rank':>5}  kept"]
+    for name, layer in plan.layers.items():
+        rank = plan.ranks[name]
+        energy = layer.energies
+        weight_rank = len(energy) if rank is None else layer.weight_rank(rank, plan.config)
+        kept = float(energy[:weight_rank].sum() / energy.sum()) if float(energy.sum()) else 1.0
+        shape = f"{layer.m}×{layer.n}"
+        lines.append(f"{name:<{wide}}  {shape:>12}  {'dense' if rank is None else rank:>5}  {kept:.4f}")
+    dense = plan.dense_parameters
+    lines.append(
+        f"targeted weights {dense:,}; stored {plan.stored_parameters:,} ({plan.stored_parameters / dense:.1%}), folded "
+        f"{plan.folded_parameters:,} ({plan.folded_parameters / dense:.1%}), cores {plan.core_parameters:,}; predicted "
+        f"rise of the loss before training {plan.predicted_loss:.4g}"
+    )
+    if plan.config.budget_unit == "latency":
+        lines[-1] += f"; measured time of these layers {plan.predicted_time:.1%} of dense"
+    return "\n".join(lines)
