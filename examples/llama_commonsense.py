@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from transformers.trainer_utils import get_last_checkpoint
 import jactus
 from jactus import JactusConfig, JactusError
 from jactus.calibration.passes import partition, sum_bytes
+from jactus.calibration.summing import Summing
 from jactus.model.targets import find_targets
 
 TASKS = ("boolq", "piqa", "social_i_qa", "hellaswag", "winogrande", "ARC-Easy", "ARC-Challenge", "openbookqa")
@@ -94,15 +96,13 @@ def check(args: argparse.Namespace) -> JactusConfig:
         raise JactusError(f"--statistics-device is {args.statistics_device}, and torch finds no GPU; use cpu")
     if DEVICE == "cuda" and args.bf16 and not torch.cuda.is_bf16_supported():
         raise JactusError(f"--bf16: {torch.cuda.get_device_name()} has no bfloat16; leave the option out")
-    return JactusConfig(
+    return JactusConfig().replace(
         budget=args.budget,
         accounting=args.accounting,
         union=args.union,
         # as in the paper: directions of the task beside the weight's, and a core in every layer; both cost some of the language
         union_share=0.1,
         leave_dense=False,
-        memory_limit=None if args.memory_limit is None else int(args.memory_limit),
-        statistics_device=args.statistics_device,
     )
 
 
@@ -141,6 +141,17 @@ def candidates(row: dict[str, str]) -> list[str]:
     return found[1].split("/") if found else []
 
 
+def summing(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `jactus.calibrate` that steer its sums."""
+    limit = None if args.memory_limit is None else int(args.memory_limit)
+    return {
+        "statistics_dtype": "float32",
+        "statistics_device": args.statistics_device,
+        "loss_scale": 1.0,
+        "memory_limit": limit,
+    }
+
+
 def prepare(args: argparse.Namespace, config: JactusConfig) -> Any:
     """Print what calibration will hold beside what there is, and refuse what can never fit; returns the tokenizer.
 
@@ -157,13 +168,15 @@ def prepare(args: argparse.Namespace, config: JactusConfig) -> Any:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # masked wherever it pads
     tokenizer.padding_side = "right"
-    passes = [sum(sum_bytes(t, config) for t in part) for part in partition(find_targets(model, config), config)]
+    sums = Summing.checked(*summing(args).values())
+    parts = partition(find_targets(model, config), config, sums)
+    passes = [sum(sum_bytes(t, config, sums) for t in part) for part in parts]
     weights = sum(p.numel() for p in model.parameters()) * getattr(torch, args.dtype).itemsize
-    place = torch.device(config.statistics_device or DEVICE).type
+    place = (sums.device or torch.device(DEVICE)).type
     there = torch.cuda.get_device_properties(0).total_memory if place == "cuda" else psutil.virtual_memory().total
     needed = max(passes) + (weights if place == DEVICE else 0)
-    sums = f"at most {max(passes) / 1e9:.4g} GB of sums at a time, {sum(passes) / 1e9:.4g} GB in {len(passes)} pass(es)"
-    print(f"weights {weights / 1e9:.4g} GB on {DEVICE}; {sums}; {place} has {there / 1e9:.4g} GB")
+    held = f"at most {max(passes) / 1e9:.4g} GB of sums at a time, {sum(passes) / 1e9:.4g} GB in {len(passes)} pass(es)"
+    print(f"weights {weights / 1e9:.4g} GB on {DEVICE}; {held}; {place} has {there / 1e9:.4g} GB")
     if needed > there and not args.plan:
         raise JactusError(
             f"calibration needs {needed / 1e9:.4g} GB on {place}, which has {there / 1e9:.4g} GB; give a smaller "
@@ -237,8 +250,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     rows = read(args.train, args.max_train, args.seed)
     tests = {task: read(args.test / task / "test.json", args.max_test, args.seed, test=True) for task in args.tasks}
     plan = jactus.Plan.load(args.plan).at(args.budget) if args.plan else None
-    for name in ("accounting", "union") if plan else ():
-        there, here = getattr(plan.config, name), getattr(config, name)
+    for name in ("budget.accounting", "union") if plan else ():
+        there, here = attrgetter(name)(plan.config), attrgetter(name)(config)
+        name = name.removeprefix("budget.")
         if there != here:
             raise JactusError(f"--plan {args.plan} was made with {name}={there!r}, not {here!r}; give the same options")
     tokenizer = prepare(args, config)
@@ -270,7 +284,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         # The sums do not depend on the size of a batch; activations of every layer are held for it.
         batches = [collate(chosen[i : i + 4]) for i in range(0, len(chosen), 4)]
         snapshot, every = args.output / "calibration.safetensors", args.snapshot_seconds
-        statistics = jactus.calibrate(model, batches, config, resume=snapshot, resume_every=every)
+        statistics = jactus.calibrate(model, batches, config, resume=snapshot, resume_every=every, **summing(args))
         plan = jactus.plan(model, statistics, config)
         plan.save(args.output / "plan.safetensors")
         del statistics

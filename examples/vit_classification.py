@@ -36,6 +36,7 @@ from transformers import (
 import jactus
 from jactus import JactusConfig, JactusError
 from jactus.calibration.passes import partition, sum_bytes
+from jactus.calibration.summing import Summing
 from jactus.model.targets import find_targets
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
@@ -91,13 +92,22 @@ def check(args: argparse.Namespace) -> JactusConfig:
         raise JactusError(f"--statistics-device is {args.statistics_device}, and torch finds no GPU; use cpu")
     if DEVICE == "cuda" and args.bf16 and not torch.cuda.is_bf16_supported():
         raise JactusError(f"--bf16: {torch.cuda.get_device_name()} has no bfloat16; leave the option out")
-    return JactusConfig(
+    return JactusConfig().replace(
         budget=args.budget,
         accounting=args.accounting,
         union=args.union,
-        memory_limit=None if args.memory_limit is None else int(args.memory_limit),
-        statistics_device=args.statistics_device,
     )
+
+
+def summing(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `jactus.calibrate` that steer its sums."""
+    limit = None if args.memory_limit is None else int(args.memory_limit)
+    return {
+        "statistics_dtype": "float32",
+        "statistics_device": args.statistics_device,
+        "loss_scale": 1.0,
+        "memory_limit": limit,
+    }
 
 
 def prepare(args: argparse.Namespace, config: JactusConfig) -> Any:
@@ -111,13 +121,15 @@ def prepare(args: argparse.Namespace, config: JactusConfig) -> Any:
             model = AutoModelForImageClassification.from_config(model_config)
     except (OSError, ValueError) as e:
         raise JactusError(f"--model {args.model} is neither a folder nor a hub name of an image model: {e}") from e
-    passes = [sum(sum_bytes(t, config) for t in part) for part in partition(find_targets(model, config), config)]
+    sums = Summing.checked(*summing(args).values())
+    parts = partition(find_targets(model, config), config, sums)
+    passes = [sum(sum_bytes(t, config, sums) for t in part) for part in parts]
     weights = sum(p.numel() for p in model.parameters()) * getattr(torch, args.dtype).itemsize
-    place = torch.device(config.statistics_device or DEVICE).type
+    place = (sums.device or torch.device(DEVICE)).type
     there = torch.cuda.get_device_properties(0).total_memory if place == "cuda" else psutil.virtual_memory().total
     needed = max(passes) + (weights if place == DEVICE else 0)
-    sums = f"at most {max(passes) / 1e9:.4g} GB of sums at a time, {sum(passes) / 1e9:.4g} GB in {len(passes)} pass(es)"
-    print(f"weights {weights / 1e9:.4g} GB on {DEVICE}; {sums}; {place} has {there / 1e9:.4g} GB")
+    held = f"at most {max(passes) / 1e9:.4g} GB of sums at a time, {sum(passes) / 1e9:.4g} GB in {len(passes)} pass(es)"
+    print(f"weights {weights / 1e9:.4g} GB on {DEVICE}; {held}; {place} has {there / 1e9:.4g} GB")
     if needed > there:
         raise JactusError(
             f"calibration needs {needed / 1e9:.4g} GB on {place}, which has {there / 1e9:.4g} GB; give a smaller "
@@ -227,7 +239,7 @@ def adapt(
     jactus.fit_head(model, batches(train, args.head_rows, args))
     note("dense")
     rows = batches(train, args.calibration_rows, args)
-    statistics = jactus.calibrate(model, rows, config, resume=folder / "calibration.safetensors")
+    statistics = jactus.calibrate(model, rows, config, resume=folder / "calibration.safetensors", **summing(args))
     plan = jactus.plan(model, statistics, config)
     plan.save(folder / "plan.safetensors")
     jactus.compress(model, plan)

@@ -11,6 +11,7 @@ from .compression.surgery import compress, fold, merge
 from .compression.trainable import mark_trainable, parameter_groups
 from .config import JactusConfig
 from .model.lowrank import CoreLinear, FoldedLinear
+from .options import Allocation, Budget, Core
 from .pipeline import adapt
 from .planning.planner import plan
 from .planning.plans import Plan
@@ -18,6 +19,9 @@ from .report import rank_map, size, spectra
 
 __version__ = "0.1.0"
 __all__ = [
+    "Allocation",
+    "Budget",
+    "Core",
     "CoreLinear",
     "FoldedLinear",
     "JactusConfig",

@@ -26,11 +26,12 @@ def adapt(
     loss: Loss | None = None,
     resume: str | os.PathLike | None = None,
     progress: bool = True,
+    **options: Any,
 ) -> nn.Module:
     """Compress `model` for the task of `batches`, in place, ready to be trained by any loop; returns it.
 
-    budget: what to keep, in (0, 1]; overrides config.budget. fit_head: first fit a fresh task head to frozen features.
-    The other arguments are those of `calibrate`. For several budgets calibrate and plan once, and use `plan.at`.
+    budget: what to keep, in (0, 1]; overrides the fraction of config.budget. fit_head: first fit a fresh task head to frozen features.
+    The other arguments, and options, are those of `calibrate`. For several budgets calibrate and plan once, and use `plan.at`.
 
     Raises JactusError as `fit_head`, `calibrate`, `plan` and `compress` do.
     """
@@ -43,5 +44,5 @@ def adapt(
         if iter(batches) is batches:
             raise JactusError("fit_head reads the batches twice, but they come from an iterator; pass a list or loader")
         fit(model, batches, loss=loss, progress=progress)
-    statistics = calibrate(model, batches, config, loss=loss, resume=resume, progress=progress)
+    statistics = calibrate(model, batches, config, loss=loss, resume=resume, progress=progress, **options)
     return compress(model, plan(model, statistics, config, progress=progress))

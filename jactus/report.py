@@ -61,7 +61,8 @@ def rank_map(plan: Plan, path: str | os.PathLike) -> None:
     axes.set_yticks(range(len(rows)), rows, fontsize=8)
     axes.set_xlabel("block")
     axes.set_title(
-        f"Ranks at {plan.config.budget:.0%} ({plan.config.accounting.replace('_', '-')} accounting)", fontsize=10
+        f"Ranks at {plan.config.budget.fraction:.0%} ({plan.config.budget.accounting.replace('_', '-')} accounting)",
+        fontsize=10,
     )
     _save(figure, path)
 
@@ -86,7 +87,8 @@ def spectra(plan: Plan, path: str | os.PathLike) -> None:
     axes.set_xlabel("direction")
     axes.set_ylabel("σ²: loss if dropped, ×2")
     axes.set_title(
-        f"Spectra in the {plan.config.metric} metric; a dot marks the cut at {plan.config.budget:.0%}", fontsize=10
+        f"Spectra in the {plan.config.metric} metric; a dot marks the cut at {plan.config.budget.fraction:.0%}",
+        fontsize=10,
     )
     axes.legend(fontsize=7, ncol=2)
     _save(figure, path)

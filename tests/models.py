@@ -20,7 +20,7 @@ from transformers import (
 import jactus
 from jactus import JactusConfig
 
-SMALL = JactusConfig(
+SMALL = JactusConfig().replace(
     rank_multiple=2,
     union=("weight", "covariance", "gradient"),
     union_share=0.25,  # the default's tenth of a tiny rank would be no direction at all

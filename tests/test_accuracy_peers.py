@@ -27,9 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT's use o
 def statistics(name, dtype=torch.float32):
     family = BY_NAME[name]
     batches = [{k: v.to(dtype) if v.is_floating_point() else v for k, v in b.items()} for b in batches_of(family)]
-    return jactus.calibrate(
-        family.model(dtype=dtype), batches, JactusConfig(statistics_dtype="float64"), progress=False
-    )
+    return jactus.calibrate(family.model(dtype=dtype), batches, statistics_dtype="float64", progress=False)
 
 
 def batches_of(family):

@@ -62,7 +62,7 @@ def test_never_exceeds_the_budget_and_beats_uniform_up_to_a_step(seed):
     dense = sum(o.dense_cost for o in offers)
     for fraction in (0.35, 0.5, 0.8, 1.0):
         found = {
-            uniform: totals(offers, allocate(offers, fraction * dense, fraction, uniform, floor=0.0))
+            uniform: totals(offers, allocate(offers, fraction * dense, fraction, uniform, part=0.0))
             for uniform in (False, True)
         }
         assert all(cost <= fraction * dense for cost, _ in found.values())
@@ -72,8 +72,8 @@ def test_never_exceeds_the_budget_and_beats_uniform_up_to_a_step(seed):
 
 def test_the_whole_budget_is_everything_dense():
     offers = [offer("a", 10, 20, 1), offer("b", 7, 7, 2)]
-    assert allocate(offers, 249.0, 1.0, False, 0.5) == [len(o.ranks) - 1 for o in offers]
-    assert all(o.is_dense(c) for o, c in zip(offers, allocate(offers, 249.0, 1.0, True, 0.5)))
+    assert allocate(offers, 249.0, 1.0, False, part=0.5) == [len(o.ranks) - 1 for o in offers]
+    assert all(o.is_dense(c) for o, c in zip(offers, allocate(offers, 249.0, 1.0, True, part=0.5)))
 
 
 def test_a_layer_that_needs_all_its_rank_stays_dense_and_one_that_does_not_pays_for_it():
@@ -93,7 +93,7 @@ def test_floors():
     offers = [offer("a", 40, 40, 1), offer("b", 40, 40, 2)]
     uniform = [int(o.ranks[c]) for o, c in zip(offers, allocate(offers, 1600.0, 0.5, True, 0))]
     for floor in (0.5, 0.9, 1.0):
-        chosen = allocate(offers, 1600.0, 0.5, False, floor)
+        chosen = allocate(offers, 1600.0, 0.5, False, part=floor)
         assert all(o.ranks[c] >= int(floor * u) for o, c, u in zip(offers, chosen, uniform))
     chosen = allocate(offers, 1600.0, 0.5, False, 7)
     assert all(o.ranks[c] >= 7 for o, c in zip(offers, chosen))
@@ -102,7 +102,7 @@ def test_floors():
 def test_a_budget_below_the_floors_is_refused_with_the_least_that_is_possible():
     offers = [offer("a", 40, 40, 1), offer("b", 40, 40, 2)]
     with pytest.raises(JactusError, match="raise the budget"):
-        allocate(offers, 0.01 * 3200, 0.01, False, 0.5)
+        allocate(offers, 0.01 * 3200, 0.01, False, part=0.5)
     with pytest.raises(JactusError, match="rank_floor"):
         allocate(offers, 0.5 * 3200, 0.5, False, 15)
 

@@ -23,10 +23,10 @@ def on_gpu(batch):
     return {name: value.cuda() for name, value in batch.items()}
 
 
-def made(family, config, device, dtype=torch.float32):
+def made(family, config, device, dtype=torch.float32, **options):
     """Statistics, plan and compressed model, every step on `device`."""
     model = family.model(dtype=dtype).to(device)
-    statistics = jactus.calibrate(model, family.batches(), config, progress=False)
+    statistics = jactus.calibrate(model, family.batches(), config, progress=False, **options)
     plan = jactus.plan(model, statistics, config, progress=False)
     return statistics, plan, jactus.compress(model, plan)
 
@@ -71,15 +71,14 @@ def test_sixteen_bits_and_autocast_train(backend, dtype):
         loss.backward()
         assert relative(loss, full) < 0.02
         assert all(layer.core.grad.isfinite().all() for layer in compressed_layers(model).values())
-        _, _, narrow = made(LLAMA, EVERY.replace(statistics_dtype="float32"), "cuda", torch.bfloat16)
+        _, _, narrow = made(LLAMA, EVERY, "cuda", torch.bfloat16)
         assert all(p.dtype == torch.bfloat16 for p in narrow.parameters() if not p.requires_grad)
         assert all(layer.core.dtype == torch.float32 for layer in compressed_layers(narrow).values())
         assert relative(narrow(**batch).loss, full) < 0.1
 
 
 def test_sums_can_be_kept_on_the_cpu():
-    config = EVERY.replace(statistics_device="cpu")
-    statistics, _, _ = made(BERT, config, "cuda")
+    statistics, _, _ = made(BERT, EVERY, "cuda", statistics_device="cpu")
     beside, _, _ = made(BERT, EVERY, "cuda")
     for name in statistics.layers:
         found = statistics.input_covariance(name)

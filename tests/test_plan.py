@@ -196,7 +196,7 @@ def test_a_plan_whose_configuration_was_changed_leaves_the_model_untouched(bert)
 
 @pytest.mark.parametrize(("rank", "factor", "expected"), [(16, 1.3, 32), (32, 2, 64), (32, 3.1, 100), (48, 1e308, 100)])
 def test_widths_are_multiples_too_and_not_more_than_the_shorter_side(rank, factor, expected):
-    config = JactusConfig(accounting="folded", core_width=factor)
+    config = JactusConfig().replace(accounting="folded", core_width=factor)
     assert core_width(rank, 100, 400, config) == core_width(rank, 400, 100, config) == expected
     assert core_width(rank, 100, 400, JactusConfig()) == rank
 
@@ -301,7 +301,7 @@ def test_the_defaults_are_what_the_help_says():
 @pytest.mark.parametrize(("family", "share"), [(LLAMA, 0.0), (T5, 0.0), (BERT, 0.1), (VIT, 0.1)])
 def test_unless_told_otherwise_the_task_has_a_share_of_the_rank_but_in_language_models(family, share, tmp_path):
     model = family.model()
-    config = JactusConfig(rank_multiple=2, leave_dense=False)
+    config = JactusConfig().replace(rank_multiple=2, leave_dense=False)
     statistics = jactus.calibrate(model, family.batches(), config, progress=False)
     summed = {layer.gradient_sum is not None for layer in statistics.layers.values()}
     assert summed == {share > 0}  # and what has no share need not be summed
@@ -314,7 +314,7 @@ def test_unless_told_otherwise_the_task_has_a_share_of_the_rank_but_in_language_
 
 
 def test_a_share_asked_for_in_a_language_model_is_given_and_needs_the_gradients():
-    model, config = LLAMA.model(), JactusConfig(rank_multiple=2, leave_dense=False, union_share=0.3)
+    model, config = LLAMA.model(), JactusConfig().replace(rank_multiple=2, leave_dense=False, union_share=0.3)
     statistics = jactus.calibrate(model, LLAMA.batches(), config, progress=False)
     plan = jactus.plan(model, statistics, config, progress=False)
     assert any(layer.weight_rank(plan.ranks[name], config) < plan.ranks[name] for name, layer in plan.layers.items())
@@ -326,16 +326,16 @@ def test_a_share_asked_for_in_a_language_model_is_given_and_needs_the_gradients(
 @pytest.mark.parametrize(("family", "dense"), [(LLAMA, True), (T5, True), (BERT, False), (VIT, False)])
 def test_unless_told_otherwise_layers_stay_dense_in_language_models_only(family, dense, tmp_path):
     model = family.model()
-    config = JactusConfig(rank_multiple=2)
+    config = JactusConfig().replace(rank_multiple=2)
     statistics = jactus.calibrate(model, family.batches(), config, progress=False)
     plan = jactus.plan(model, statistics, config, progress=False)
     assert plan.ranks == plan.with_config(leave_dense=dense).ranks
     told = plan.with_config(leave_dense=not dense)
-    assert (told.config.leave_dense, None in told.ranks.values()) == (not dense, not dense)
+    assert (told.config.allocation.leave_dense, None in told.ranks.values()) == (not dense, not dense)
     plan.save(tmp_path / "plan")
     assert Plan.load(tmp_path / "plan").ranks == plan.ranks
     config = config.replace(accounting="folded", budget=0.9)
-    full = planned((model, statistics), **config.replace(full_rank=True).to_dict())
+    full = jactus.plan(model, statistics, config.replace(full_rank=True), progress=False)
     assert None not in full.ranks.values()
     # whatever a plan was made for, a changed one is that of the changed configuration
     again = full.with_config(full_rank=False)

@@ -43,18 +43,17 @@ def interrupted(batches, at, by=KeyboardInterrupt):
 @pytest.mark.parametrize("memory_limit", [None, 20_000])
 @pytest.mark.parametrize("at", [0, 2, 5, 8])
 def test_ctrl_c_resumes_to_a_bit_identical_result(at, memory_limit, tmp_path):
-    config = SMALL.replace(memory_limit=memory_limit)
     model, batches = BERT.model(), BERT.batches(5)
-    whole = calibrate(model, batches, config)
+    whole = calibrate(model, batches, SMALL, memory_limit=memory_limit)
     file = tmp_path / "snapshot"
     before = state(model)
     runs_through = memory_limit is None and at >= 5
     if not runs_through:
         with pytest.raises(KeyboardInterrupt):
-            calibrate(model, interrupted(batches, at), config, resume=file, resume_every=0)
+            calibrate(model, interrupted(batches, at), SMALL, resume=file, resume_every=0, memory_limit=memory_limit)
         assert_same(before, state(model))
         assert file.exists() == (at > 0)
-    assert_identical(calibrate(model, batches, config, resume=file, resume_every=0), whole)
+    assert_identical(calibrate(model, batches, SMALL, resume=file, resume_every=0, memory_limit=memory_limit), whole)
     assert list(tmp_path.iterdir()) == []  # the snapshot goes when the run is done
 
 
@@ -113,7 +112,7 @@ OTHER_RUNS = [
     (lambda: (BERT.model(), BERT.batches(2), SMALL), "holds 3 batches, and only 2 came"),
     (lambda: (BERT.model(), [], SMALL), "no batch|holds 3 batches, and only 0 came"),
     (lambda: (BERT.model(), BERT.batches(5), SMALL.replace(metric="input")), "another configuration"),
-    (lambda: (BERT.model(), BERT.batches(5), SMALL.replace(statistics_dtype="float64")), "another configuration"),
+    (lambda: (BERT.model(), BERT.batches(5), SMALL, {"statistics_dtype": "float64"}), "another configuration"),
     (lambda: (BERT.model(), BERT.batches(5), SMALL.replace(exclude_modules=("query",))), "another configuration"),
     (lambda: (_other_head(BERT.model()), BERT.batches(5), SMALL), "head fitted anew"),
     (lambda: (BERT.model(seed=1), BERT.batches(5), SMALL), "another model"),
@@ -123,18 +122,19 @@ OTHER_RUNS = [
 
 @pytest.mark.parametrize("case, message", OTHER_RUNS)
 def test_resuming_another_run_is_refused_and_keeps_the_snapshot(case, message, snapshot):
-    model, batches, config = case()
+    model, batches, config, *more = case()
     before, kept = state(model), snapshot.read_bytes()
     with pytest.raises(JactusError, match=message):
-        calibrate(model, batches, config, resume=snapshot)
+        calibrate(model, batches, config, resume=snapshot, **(more[0] if more else {}))
     assert_same(before, state(model))
     assert snapshot.read_bytes() == kept
     calibrate(BERT.model(), BERT.batches(5), resume=snapshot)  # the right run still can
 
 
 def test_settings_that_do_not_change_the_sums_may_change_between_runs(snapshot):
-    resumed = calibrate(BERT.model(), BERT.batches(5), SMALL.replace(budget=0.3, damping=0.05), resume=snapshot)
-    assert_identical(resumed, calibrate(BERT.model(), BERT.batches(5)))
+    config = SMALL.replace(budget=0.3, damping=0.05)
+    resumed = calibrate(BERT.model(), BERT.batches(5), config, resume=snapshot)
+    assert_identical(resumed, calibrate(BERT.model(), BERT.batches(5), config))
 
 
 def test_a_damaged_snapshot_is_refused(snapshot):

@@ -12,11 +12,9 @@ from jactus import Statistics
 from jactus.calibration.recorder import Recorder
 from tests.models import BERT, FAMILIES, GPT2, LLAMA, SMALL, T5, VIT
 
-DOUBLE = SMALL.replace(statistics_dtype="float64")
 
-
-def calibrated(model, batches, config=DOUBLE, **kwargs):
-    return jactus.calibrate(model, batches, config, progress=False, **kwargs)
+def calibrated(model, batches, config=SMALL, statistics_dtype="float64", **kwargs):
+    return jactus.calibrate(model, batches, config, statistics_dtype=statistics_dtype, progress=False, **kwargs)
 
 
 def assert_same_sums(a: Statistics, b: Statistics, rtol=1e-10):
@@ -137,7 +135,7 @@ def test_sharing_changes_no_value():
     model, batches = BERT.model(dtype=torch.float64), BERT.batches()
     shared = calibrated(model, batches)
     name = "bert.encoder.layer.1.attention.self.value"
-    alone = calibrated(model, batches, DOUBLE.replace(target_modules=(name,)))
+    alone = calibrated(model, batches, SMALL.replace(target_modules=(name,)))
     assert torch.allclose(shared.input_covariance(name), alone.input_covariance(name))
     assert torch.allclose(shared.output_covariance(name), alone.output_covariance(name))
 
@@ -159,7 +157,7 @@ def test_only_what_is_needed_is_collected(metric, sources):
 def test_several_passes_under_a_memory_limit_give_the_same():
     model, batches = BERT.model(), BERT.batches()
     whole = calibrated(model, batches, SMALL)
-    limited = calibrated(model, batches, SMALL.replace(memory_limit=12_000))
+    limited = calibrated(model, batches, SMALL, memory_limit=12_000)
     assert len(limited.input_sums) > len(whole.input_sums), "groups are split where a pass ends"
     assert whole.terms == limited.terms
     for name in whole.layers:
@@ -169,14 +167,14 @@ def test_several_passes_under_a_memory_limit_give_the_same():
 
 def test_the_loss_scale_is_divided_out():
     model, batches = BERT.model(dtype=torch.float64), BERT.batches()
-    assert_same_sums(calibrated(model, batches, DOUBLE.replace(loss_scale=1024.0)), calibrated(model, batches))
+    assert_same_sums(calibrated(model, batches, loss_scale=1024.0), calibrated(model, batches))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_models_sum_in_float32(dtype):
     """The sums of a half-precision model are as near to float64's as its own rounding lets them be."""
     exact = calibrated(BERT.model(dtype=torch.float64), BERT.batches())
-    found = calibrated(BERT.model(dtype=dtype), BERT.batches(), SMALL)
+    found = calibrated(BERT.model(dtype=dtype), BERT.batches(), SMALL, statistics_dtype="float32")
     name = "bert.encoder.layer.0.intermediate.dense"
     assert found.input_sums[found.layers[name].inputs].dtype == torch.float32
     error = (found.input_covariance(name).double() - exact.input_covariance(name)).norm()
@@ -187,8 +185,8 @@ def test_half_precision_models_sum_in_float32(dtype):
 def test_under_autocast():
     model, batches = BERT.model(), BERT.batches()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = calibrated(model, batches, SMALL)
-    same_terms = calibrated(model, batches, SMALL)
+        found = calibrated(model, batches, SMALL, statistics_dtype="float32")
+    same_terms = calibrated(model, batches, SMALL, statistics_dtype="float32")
     assert found.terms == same_terms.terms
     for x, y in zip(found._sums(), same_terms._sums()):
         assert x.dtype == torch.float32
@@ -266,7 +264,7 @@ def test_a_wrapped_encoder_decoder_keeps_its_masks_apart():
     batch = T5.batch(rows=4, length=5)
     bare, wrapped = (
         calibrated(T5.model(), [batch]),
-        calibrated(_Wrapper(T5.model()), [batch], DOUBLE.replace(exclude_modules=r".*lm_head")),
+        calibrated(_Wrapper(T5.model()), [batch], SMALL.replace(exclude_modules=r".*lm_head")),
     )
     for name in bare.layers:
         assert bare.layer_tokens(name) == wrapped.layer_tokens(f"inner.{name}")

@@ -10,7 +10,7 @@ import jactus_kernels
 
 ROOT = Path(jactus.__file__).parent
 # From the ground up; a module of the package itself ("", but config) stands on top of all of them.
-FLOORS = ("config", "model", "checkpoints", "calibration", "planning", "compression", "")
+FLOORS = ("options", "config", "model", "checkpoints", "calibration", "planning", "compression", "")
 
 
 def floor(module):

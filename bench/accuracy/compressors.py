@@ -19,7 +19,7 @@ from jactus.model.lowrank import replace_module
 from jactus.model.targets import Target, find_targets
 
 Factorise = Callable[[Tensor, int, Statistics | None, str], tuple[Tensor, Tensor]]
-CERSA = JactusConfig(
+CERSA = JactusConfig().replace(
     metric="identity",
     union=("weight",),
     coordinates="orthonormal",

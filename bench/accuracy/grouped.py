@@ -38,7 +38,7 @@ def whitened(target: Target, statistics: jactus.Statistics) -> Tensor:
 def offer(name: str, M: Tensor) -> Offer:
     """What the stacked layer M (m, n) has to offer, all of its rank to the weight and none of it dense."""
     m, n = M.shape
-    ranks = admissible_ranks(m, n, CONFIG.rank_multiple, folded=True)
+    ranks = admissible_ranks(m, n, CONFIG.allocation.rank_multiple, folded=True)
     kept = np.cumsum(np.concatenate([[0.0], torch.linalg.svdvals(M).square().numpy()]))
     return Offer(name, ranks, ranks * float(m + n), kept[ranks], False, float(m * n))
 
@@ -50,7 +50,7 @@ def rises(stacks: list[Tensor], budgets: Sequence[float]) -> list[float]:
     everything = sum(float(M.square().sum()) for M in stacks)
     found = []
     for budget in budgets:
-        chosen = allocate(offers, budget * dense, budget, False, CONFIG.rank_floor)
+        chosen = allocate(offers, budget * dense, budget, False, part=CONFIG.allocation.uniform_part)
         found.append((everything - sum(float(o.gain[c]) for o, c in zip(offers, chosen))) / 2)
     return found
 

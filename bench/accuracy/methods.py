@@ -9,13 +9,14 @@ import torch
 from torch import nn
 
 import jactus
+from jactus.config import FLAT
 from jactus_kernels import JactusError
 
 from .compressors import COMPRESSORS
 from .peers import METHODS, Context
 
 # Budgets are of the *deployed* size, r(m+n) a layer, so that a percentage means the same for every method.
-CONFIG = jactus.JactusConfig(accounting="folded")
+CONFIG = jactus.JactusConfig().replace(accounting="folded")
 
 # Each method's grid for text classification, of equal size, around what its literature advises.
 RATES = {
@@ -58,7 +59,7 @@ def variant(method: str) -> Variant | None:
     found = re.fullmatch(r"jactus(?:\[(.*)\])?", method.removesuffix(EMBEDDINGS))
     if not found:
         return None
-    known = {f.name: f.default for f in fields(jactus.JactusConfig)}
+    known = {f.name: f.default for f in fields(jactus.JactusConfig)} | dict.fromkeys(FLAT)
     changes: dict = {}
     own: dict = {}
     for part in filter(None, (found[1] or "").split(",")):
@@ -119,7 +120,7 @@ def build(method: str, model: nn.Module, context: Context, budget: float) -> nn.
 
 def with_as_many_cores(plan: jactus.Plan, wanted: int) -> jactus.Plan:
     """The plan at the largest budget (from half of its own) whose cores have `wanted` parameters at most, to a thousandth."""
-    low, high = plan.config.budget / 2, 1.0  # at 1 all stays dense
+    low, high = plan.config.budget.fraction / 2, 1.0  # at 1 all stays dense
     while high - low > 1e-3:
         middle = (low + high) / 2
         low, high = (middle, high) if plan.at(middle).core_parameters <= wanted else (low, middle)

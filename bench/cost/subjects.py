@@ -21,7 +21,9 @@ Batch = dict[str, Tensor]
 REAL = {"minilm": "sarcasm", "smollm2": "wikipedia"}  # calibrated on that task
 SHAPED = ("vit-b", "llama-7b")  # random weights: the times do not depend on them
 MODELS = (*REAL, *SHAPED)
-UNIFORM = jactus.JactusConfig(allocation="uniform", metric="identity", union=("weight",), coordinates="orthonormal")
+UNIFORM = jactus.JactusConfig().replace(
+    allocation="uniform", metric="identity", union=("weight",), coordinates="orthonormal"
+)
 
 
 def dense(name: str) -> nn.Module:
@@ -53,7 +55,7 @@ def planned(name: str, accounting: str = "three_factor") -> Plan:
         return random_plan(model)
     task = TASKS[REAL[name]]
     statistics = calibrated(task, prepared(task, "fitted", 0), task.calibration, 0, "fitted", None)
-    return jactus.plan(model, statistics, jactus.JactusConfig(accounting=accounting), progress=False)
+    return jactus.plan(model, statistics, jactus.JactusConfig().replace(accounting=accounting), progress=False)
 
 
 def timed(name: str, dtype: str, device: str) -> Plan:
@@ -77,7 +79,7 @@ def random_plan(model: nn.Module) -> Plan:
         found = Directions(*empty, sigma, sigma.new_zeros(0, 0))
         layers[name] = PlannedLayer(name, t.m, t.n, t.fingerprint, found, (0.0, 0.0), 1, (4, 4, 4))
     others = sum(p.numel() for p in model.parameters()) - sum(p.m * p.n for p in layers.values())
-    return Plan(layers, replace(UNIFORM, leave_dense=False), dict.fromkeys(layers), others).at(0.8)
+    return Plan(layers, UNIFORM.replace(leave_dense=False), dict.fromkeys(layers), others).at(0.8)
 
 
 def folded(model: nn.Module) -> nn.Module:

@@ -18,6 +18,7 @@ from .losses import Loss, loss_sum, to_device
 from .recorder import Recorder
 from .snapshots import Snapshots
 from .statistics import Statistics
+from .summing import SUMMING, Summing
 from .tokens import TokenMasks
 
 logger = logging.getLogger("jactus")
@@ -29,6 +30,10 @@ def calibrate(
     config: JactusConfig | None = None,
     *,
     loss: Loss | None = None,
+    memory_limit: int | None = None,
+    statistics_dtype: torch.dtype | str = "float32",
+    statistics_device: torch.device | str | None = None,
+    loss_scale: float = 1.0,
     resume: str | os.PathLike | None = None,
     resume_every: float = 60.0,
     progress: bool = True,
@@ -39,13 +44,18 @@ def calibrate(
     batches: dicts of keyword arguments with labels for a transformers model; anything that `loss` takes otherwise.
         Rows where `attention_mask` is 0 enter no sum. The result does not depend on the batch size.
     loss: `loss(model, batch)`, see `losses.loss_sum`; None takes the model's own.
+    memory_limit: bytes of sums held at a time; above it, calibration takes several passes over the batches.
+    statistics_dtype: float32 or float64, what the covariances are summed in.
+    statistics_device: where sums are kept, e.g. "cpu" to spare the GPU; None: each on its layer's.
+    loss_scale: the loss is multiplied by it before backward, and the gradients divided by it.
     resume: a file for snapshots, written every `resume_every` seconds and removed at the end. If it exists, the run
         continues from it to the same result; batches must come in the same order (they are checked).
 
     Raises JactusError for what cannot be calibrated: no target, no loss, values that are not finite (with the layer and
     the batch), a layer that was never called, a snapshot of another run.
     """
-    config = config or JactusConfig()
+    chosen = config = config or JactusConfig()
+    sums = Summing.checked(statistics_dtype, statistics_device, loss_scale, memory_limit)
     if torch.is_inference_mode_enabled():
         raise JactusError("calibrate needs gradients and is called under torch.inference_mode(); call it outside")
     targets = find_targets(model, config)
@@ -53,20 +63,20 @@ def calibrate(
     for target in targets.values():
         if not torch.isfinite(target.weight).all():
             raise JactusError(f"{target} has weights that are not finite; the checkpoint is broken")
-    passes = partition(targets, config)
+    passes = partition(targets, config, sums)
     if len(passes) > 1 and iter(batches) is batches:
         raise JactusError(
-            f"memory_limit={config.memory_limit} needs {len(passes)} passes over the batches, but they come from an "
+            f"memory_limit={memory_limit} needs {len(passes)} passes over the batches, but they come from an "
             "iterator that runs only once; pass a list or a DataLoader"
         )
-    bytes_needed = max(sum(sum_bytes(t, config) for t in part) for part in passes)
+    bytes_needed = max(sum(sum_bytes(t, config, sums) for t in part) for part in passes)
     logger.info("calibrating %d layers, sums of at most %.1f MB at a time", len(targets), bytes_needed / 1e6)
-    statistics = Statistics()
-    snapshots = Snapshots(resume, resume_every, config, model)
+    statistics = Statistics(config=chosen)
+    snapshots = Snapshots(resume, resume_every, config, sums, model)
     for number, part in enumerate(passes):
         done = snapshots.finished(number)
         if done is None:
-            done = _one_pass(model, batches, config, part, loss, snapshots, number, progress)
+            done = _one_pass(model, batches, config, sums, part, loss, snapshots, number, progress)
             if number + 1 < len(passes):
                 snapshots.finish(done, number)
         _append(statistics, done, to_cpu=len(passes) > 1)
@@ -81,20 +91,20 @@ def calibrate(
     return statistics
 
 
-def sum_bytes(target: Target, config: JactusConfig) -> int:
+def sum_bytes(target: Target, config: JactusConfig, sums: Summing = SUMMING) -> int:
     """Bytes of the sums kept for one layer, before any sharing of inputs."""
     m, n = target.m, target.n
     count = config.needs_input * n * n + config.needs_output * m * m + config.needs_gradient * m * n
-    return count * getattr(torch, config.statistics_dtype).itemsize
+    return count * sums.dtype.itemsize
 
 
-def partition(targets: dict[str, Target], config: JactusConfig) -> list[list[Target]]:
+def partition(targets: dict[str, Target], config: JactusConfig, sums: Summing = SUMMING) -> list[list[Target]]:
     """Targets, in order, cut into parts whose sums fit in `memory_limit` each; one part without a limit."""
-    limit = config.memory_limit
+    limit = sums.memory_limit
     parts: list[list[Target]] = [[]]
     used = 0
     for target in targets.values():
-        size = sum_bytes(target, config)
+        size = sum_bytes(target, config, sums)
         if limit is not None and size > limit:
             raise JactusError(f"memory_limit={limit} bytes is too small for {target}, whose sums take {size} bytes")
         if limit is not None and used + size > limit:
@@ -121,6 +131,7 @@ def _one_pass(
     model: nn.Module,
     batches: Iterable[Any],
     config: JactusConfig,
+    sums: Summing,
     part: list[Target],
     loss: Loss | None,
     snapshots: Snapshots,
@@ -128,7 +139,7 @@ def _one_pass(
     progress: bool,
 ) -> Statistics:
     statistics, skip = snapshots.started(number)
-    recorder = Recorder({t.name: t for t in part}, config, statistics)
+    recorder = Recorder({t.name: t for t in part}, config, sums, statistics)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     index = -1
     with frozen_eval(model), recorder.hooks():
@@ -145,7 +156,7 @@ def _one_pass(
                 total, terms = loss_sum(model, batch, loss, index, recorder.blame)
                 recorder.between(index)
                 if recorder.backward:
-                    (total * config.loss_scale).backward()
+                    (total * sums.loss_scale).backward()
             statistics.terms += terms
             recorder.end(index)
             snapshots.maybe_save(statistics, number, index + 1)

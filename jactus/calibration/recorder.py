@@ -12,16 +12,16 @@ from jactus_kernels import JactusError, covariance_update_
 from ..config import JactusConfig
 from ..model.targets import Target
 from .statistics import LayerStatistics, Statistics
+from .summing import Summing
 from .tokens import TokenMasks
 
 
 class Recorder:
     """The hooks of one pass: what each layer saw and was sent back, added to the sums."""
 
-    def __init__(self, targets: dict[str, Target], config: JactusConfig, statistics: Statistics) -> None:
-        self.targets, self.config, self.statistics = targets, config, statistics
+    def __init__(self, targets: dict[str, Target], config: JactusConfig, sums: Summing, statistics: Statistics) -> None:
+        self.targets, self.config, self.sums, self.statistics = targets, config, sums, statistics
         self.backward = config.needs_output or config.needs_gradient
-        self.dtype = getattr(torch, config.statistics_dtype)
         self.in_forward = False
         self.seen: dict[str, list[Tensor]] = {}
         self.versions: dict[str, list[int]] = {}
@@ -107,11 +107,11 @@ class Recorder:
         self.seen.clear()
 
     def _device(self, name: str) -> torch.device:
-        return torch.device(self.config.statistics_device or self.targets[name].weight.device)
+        return self.sums.device or self.targets[name].weight.device
 
     def _make_sums(self, owner: dict[str, str]) -> None:
         def zeros(target: Target, *shape: int) -> Tensor:
-            return torch.zeros(*shape, dtype=self.dtype, device=self._device(target.name))
+            return torch.zeros(*shape, dtype=self.sums.dtype, device=self._device(target.name))
 
         config, statistics = self.config, self.statistics
         for name, t in self.targets.items():
@@ -138,7 +138,7 @@ class Recorder:
     def _add_gradient(self, name: str, shape: torch.Size, x: Tensor | None, version: int, g: Tensor) -> None:
         self.gradients.add(name)
         layer, mask = self.statistics.layers[name], self.masks.of(name, shape)
-        scale = self.config.loss_scale
+        scale = self.sums.loss_scale
         if layer.output_sum is not None:
             S = layer.output_sum
             covariance_update_(S, *_rows(g, mask, S.device), alpha=scale**-2)

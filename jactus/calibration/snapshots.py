@@ -15,18 +15,10 @@ from ..checkpoints import storage
 from ..config import JactusConfig
 from ..model.targets import fingerprint
 from .statistics import Statistics
+from .summing import Summing
 
 # The settings that decide what is summed; a snapshot made under others is another run.
-DECISIVE = (
-    "target_modules",
-    "exclude_modules",
-    "metric",
-    "union",
-    "union_share",
-    "statistics_dtype",
-    "memory_limit",
-    "loss_scale",
-)
+DECISIVE = ("target_modules", "exclude_modules", "metric", "union", "union_share")
 
 
 class Snapshots:
@@ -35,12 +27,19 @@ class Snapshots:
     A snapshot is made between batches only, so an interruption at any moment loses at most the work since the last one.
     """
 
-    def __init__(self, path: str | os.PathLike | None, every: float, config: JactusConfig, model: nn.Module) -> None:
+    def __init__(
+        self, path: str | os.PathLike | None, every: float, config: JactusConfig, sums: Summing, model: nn.Module
+    ) -> None:
         self.path = Path(path) if path is not None else None
         self.every, self.last = every, time.monotonic()
         self.hasher = xxhash.xxh3_128()
         self.identity = {
-            "config": {key: _plain(getattr(config, key)) for key in DECISIVE},
+            "config": {
+                **{key: _plain(getattr(config, key)) for key in DECISIVE},
+                "statistics_dtype": str(sums.dtype).removeprefix("torch."),
+                "memory_limit": sums.memory_limit,
+                "loss_scale": sums.loss_scale,
+            },
             # all weights: a head fitted anew gives other gradients in every layer
             "weights": {name: fingerprint(p) for name, p in model.named_parameters()} if path is not None else {},
         }

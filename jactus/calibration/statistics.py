@@ -14,6 +14,7 @@ from torch import Tensor
 from jactus_kernels import JactusError, symmetrize_
 
 from ..checkpoints import storage
+from ..config import JactusConfig
 
 
 @dataclass
@@ -28,14 +29,24 @@ class LayerStatistics:
     gradient_sum: Tensor | None = None
 
 
-@dataclass
+@dataclass(repr=False)
 class Statistics:
-    """Sums of a calibration run, by layer name; Σ_x and its token count by the name of the first layer sharing it."""
+    """Sums of a calibration run, by layer name; Σ_x and its token count by the name of the first layer sharing it.
+
+    `config` is the one that the run was made under, which `plan` goes by; None in files of before it was kept.
+    """
 
     layers: dict[str, LayerStatistics] = field(default_factory=dict)
     input_sums: dict[str, Tensor] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
     terms: int = 0
+    config: JactusConfig | None = None
+
+    def __repr__(self) -> str:
+        seen = max(self.tokens.values(), default=0)
+        return (
+            f"Statistics({len(self.layers)} layers, {seen:,} tokens, {self.terms:,} terms, {self.nbytes / 1e6:.1f} MB)"
+        )
 
     def input_covariance(self, name: str) -> Tensor | None:
         """A = Σ_x / tokens (n, n) of the layer's inputs; None when it was not collected."""
@@ -136,6 +147,7 @@ class Statistics:
                 tensors[f"gradient/{name}"] = layer.gradient_sum
         meta = {
             "terms": self.terms,
+            "config": None if self.config is None else self.config.to_dict(),
             "tokens": self.tokens,
             "layers": {
                 name: {"m": s.m, "n": s.n, "fingerprint": s.fingerprint, "inputs": s.inputs}
@@ -146,7 +158,12 @@ class Statistics:
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], meta: dict) -> "Statistics":
-        self = cls(terms=meta["terms"], tokens=meta["tokens"])
+        config = meta.get("config")
+        self = cls(
+            terms=meta["terms"],
+            tokens=meta["tokens"],
+            config=None if config is None else JactusConfig.from_dict(config),
+        )
         for name, kept in meta["layers"].items():
             layer = self.layers[name] = LayerStatistics(**kept)
             if f"output/{name}" in tensors:

@@ -54,16 +54,16 @@ def _new_frame(B: Tensor, whiten: bool, extra: float) -> Tensor:
 
 
 def step_scales(plan: Plan) -> dict[str, float]:
-    """How much faster than the average each layer moves for the same step of its core: `JactusConfig.step_scaling`.
+    """How much faster than the average each layer moves for the same step of its core: `Core.step_scaling`.
 
     1 for all where the coordinates are not 'fisher' or the metric is the identity on both sides. Layers that stay dense
     count too, so that a layer's steps do not depend on the budget.
     """
     sizes = {name: math.sqrt((layer.scales[0] or 1) * (layer.scales[1] or 1)) for name, layer in plan.layers.items()}
-    if plan.config.coordinates != "fisher":
+    if plan.config.core.coordinates != "fisher":
         return dict.fromkeys(sizes, 1.0)
     average = math.fsum(map(math.log, sizes.values())) / len(sizes)
-    return {name: math.exp(plan.config.step_scaling * (math.log(s) - average)) for name, s in sizes.items()}
+    return {name: math.exp(plan.config.core.step_scaling * (math.log(s) - average)) for name, s in sizes.items()}
 
 
 def factors(layer: PlannedLayer, rank: int, config: JactusConfig, step: float) -> tuple[Tensor, Tensor, Tensor, float]:
@@ -73,11 +73,11 @@ def factors(layer: PlannedLayer, rank: int, config: JactusConfig, step: float) -
     of ±1 in every element of C that trains moves the layer by, as a part of the layer: the root mean square, over signs drawn at
     random, of ‖L_Gᵀ U ΔC Vᵀ L_A‖ / ‖L_Gᵀ W L_A‖ in the metric. NaN of a weight that is zero.
     """
-    width, trained = layer.width(rank, config), config.trainable_rank
+    width, trained = layer.width(rank, config), config.core.trainable_rank
     # A core of which only the leading block trains has the directions for learning lead.
     U, C, V = layer.directions.factors(rank, layer.share(rank, config), trained is not None, width)
-    extra = config.coordinate_damping - config.damping
-    whiten = config.coordinates == "fisher"
+    extra = config.core.coordinate_damping - config.damping
+    whiten = config.core.coordinates == "fisher"
     U, C, V, left, right = change_coordinates(U, C, V, whiten, extra * layer.scales[0], extra * layer.scales[1])
     step *= (rank / width) ** 0.5  # a step of every element moves the layer as far as that of a square core
     moved = step**2 * float(left[:trained].sum() * right[:trained].sum())

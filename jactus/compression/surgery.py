@@ -66,7 +66,7 @@ def core_linear_from(
             layer.m,
             layer.n,
             rank,
-            trainable_rank=config.trainable_rank,
+            trainable_rank=config.core.trainable_rank,
             transposed=_is_transposed(old),
             width=max(C.shape),
             reach=reach,

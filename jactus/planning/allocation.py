@@ -45,11 +45,13 @@ def parameters(m: int, n: int, rank: Any, folded: bool) -> Any:
     return rank * (m + n) + (0 if folded else rank * rank)
 
 
-def allocate(offers: list[Offer], budget: float, fraction: float, uniform: bool, floor: int | float) -> list[int]:
+def allocate(
+    offers: list[Offer], budget: float, fraction: float, uniform: bool, floor: int = 0, part: float = 0.0
+) -> list[int]:
     """For each offer the index of the point chosen, at a total cost of `budget` at most.
 
     fraction: the budget as a part of the dense cost, which is what every layer gets when `uniform`.
-    floor: under global allocation a layer's least rank (int), or that part of its uniform rank (float).
+    floor, part: under global allocation a layer's least rank, and its least part of its uniform rank; the greater holds.
 
     Raises JactusError when the floors alone cost more than the budget.
     """
@@ -57,7 +59,7 @@ def allocate(offers: list[Offer], budget: float, fraction: float, uniform: bool,
     if uniform:
         chosen = even
     else:
-        floors = [_floor_index(o, e, floor) for o, e in zip(offers, even)]
+        floors = [_floor_index(o, e, floor, part) for o, e in zip(offers, even)]
         chosen = _by_marginal_gain(offers, budget, floors)
     spent = sum(o.cost[c] for o, c in zip(offers, chosen))
     if spent > budget * (1 + 1e-12):
@@ -95,11 +97,12 @@ def _affordable(offer: Offer, cost: float) -> int:
     return max(int(np.searchsorted(offer.cost, cost * (1 + 1e-12), side="right")) - 1, 0)
 
 
-def _floor_index(offer: Offer, even: int, floor: int | float) -> int:
-    if isinstance(floor, float) and offer.is_dense(even):
-        return _affordable(offer, floor * offer.dense_cost)
-    last, least = (len(offer.ranks) - 1, floor) if isinstance(floor, int) else (even, floor * offer.ranks[even])
-    return min(int(np.searchsorted(offer.ranks, int(least))), last)  # the first admissible rank not below the floor
+def _floor_index(offer: Offer, even: int, floor: int, part: float) -> int:
+    """The first point whose rank is not below the floors."""
+    least = min(int(np.searchsorted(offer.ranks, floor)), len(offer.ranks) - 1)
+    if offer.is_dense(even):  # of a dense layer a part of its cost, since it has no rank
+        return max(least, _affordable(offer, part * offer.dense_cost))
+    return max(least, min(int(np.searchsorted(offer.ranks, int(part * offer.ranks[even]))), even))
 
 
 def _by_marginal_gain(offers: list[Offer], budget: float, floors: list[int]) -> list[int]:

@@ -1,4 +1,4 @@
-"""How long a deployed layer takes: measured here, on the device of the weights, for `budget_unit="latency"`.
+"""How long a deployed layer takes: measured here, on the device of the weights, for `Budget(unit="latency")`.
 
 What is smaller is not always faster: two narrow products in the place of a small one cost two calls. So under this unit a
 layer's cost is its measured time, and ranks that do not pay are not on offer. Our choice, beyond the paper.
@@ -64,7 +64,7 @@ class Kind:
 
 
 def measured(targets: dict[str, Target], config: JactusConfig) -> dict[str, Times]:
-    """The times of every target layer, each kind measured once, for `config.latency_tokens` in the dtype of the weights."""
+    """The times of every target layer, each kind measured once, for `config.budget.latency_tokens` in the dtype of the weights."""
     found: dict[Kind, Times] = {}
     times = {}
     for name, t in targets.items():
@@ -81,10 +81,10 @@ def measured(targets: dict[str, Target], config: JactusConfig) -> dict[str, Time
 def _measure(kind: Kind, config: JactusConfig, layers: int) -> Times:
     from torch.utils.benchmark import Timer  # here: few need it, and it takes a tenth of a second to import
 
-    offered = admissible_ranks(kind.m, kind.n, config.rank_multiple, folded=True)
+    offered = admissible_ranks(kind.m, kind.n, config.allocation.rank_multiple, folded=True)
     chosen = np.unique(np.linspace(0, len(offered) - 1, min(RANKS, len(offered))).round().astype(int))
     ranks = tuple(int(r) for r in offered[chosen])
-    x = torch.ones(config.latency_tokens, kind.n, dtype=kind.weight, device=kind.device)
+    x = torch.ones(config.budget.latency_tokens, kind.n, dtype=kind.weight, device=kind.device)
     contenders: list[nn.Module] = [*map(kind.folded, ranks), kind.folded(1).dense().to(kind.weight)]
     timers = []
     for layer in contenders:

@@ -23,14 +23,15 @@ def plan(
     """Spectra and directions of every target layer in the configured metric, and ranks for the configured budget.
 
     statistics: from `calibrate` on this very model; None is enough for metric='identity', union=('weight',).
+    config: None is the one that the statistics were calibrated under.
 
     Raises JactusError when the statistics are of another model or configuration, or weights are not finite.
     """
-    config = config or JactusConfig()
     if not isinstance(model, nn.Module) or not isinstance(statistics, Statistics | None):
         raise JactusError(
             f"plan takes (model, statistics, config), got ({type(model).__name__}, {type(statistics).__name__}, …)"
         )
+    config = config or (statistics.config if statistics is not None else None) or JactusConfig()
     targets = find_targets(model, config)
     of_language = output_embedding(model) is not None
     config = config.with_share(of_language)
@@ -40,7 +41,7 @@ def plan(
     if statistics is not None:
         _check_statistics(targets, statistics, config)
     inputs = _InputCache(statistics, config)
-    times = measured(targets, config) if config.budget_unit == "latency" else {}
+    times = measured(targets, config) if config.budget.unit == "latency" else {}
     layers = {}
     for name, target in tqdm(targets.items(), "planning", unit="layer", disable=not progress):
         found = _plan_layer(target, statistics if needs_any else None, config, inputs)
@@ -106,8 +107,8 @@ def _plan_layer(
     A, metric_A = inputs.of(target)
     G = statistics.output_covariance(target.name) if statistics is not None and config.needs_output else None
     metric_G = _metric(target, G if config.metric in ("gradient", "fisher") else None, config)
-    ranks = admissible_ranks(target.m, target.n, config.rank_multiple, config.accounting == "folded")
-    most = min(target.m, target.n) if config.full_rank else int(ranks[-1]) if len(ranks) else 0
+    ranks = admissible_ranks(target.m, target.n, config.allocation.rank_multiple, config.budget.accounting == "folded")
+    most = min(target.m, target.n) if config.allocation.full_rank else int(ranks[-1]) if len(ranks) else 0
     by_covariance = "covariance" in config.task_sources
     try:
         found = directions(
@@ -137,14 +138,14 @@ def _plan_layer(
         (_scale(G) if metric_G is not None else 0.0, _scale(A) if metric_A is not None else 0.0),
         statistics.layer_tokens(target.name) if statistics is not None else 1,
         (basis.itemsize, core_dtype(config, basis).itemsize, weight.itemsize),
-        beyond=found.beyond if config.full_rank else 0,
+        beyond=found.beyond if config.allocation.full_rank else 0,
     )
 
 
 def core_dtype(config: JactusConfig, basis: torch.dtype) -> torch.dtype:
     """The dtype a core is stored in beside bases of dtype `basis`: at least float32 unless configured."""
-    if config.core_dtype:
-        return getattr(torch, config.core_dtype)
+    if config.core.dtype:
+        return getattr(torch, config.core.dtype)
     return torch.promote_types(basis, torch.float32)
 
 

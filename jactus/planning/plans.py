@@ -6,8 +6,9 @@ Made once per calibration. `plan.at(0.6)` re-allocates from the spectra alone, s
 import math
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -48,24 +49,24 @@ class PlannedLayer:
     def offer(self, config: JactusConfig) -> Offer:
         """The layer's admissible ranks with what they cost and gain under `config`."""
         m, n = self.m, self.n
-        folded = config.accounting == "folded"
-        ranks = admissible_ranks(m, n, config.rank_multiple, folded)
+        folded = config.budget.accounting == "folded"
+        ranks = admissible_ranks(m, n, config.allocation.rank_multiple, folded)
         kept = np.concatenate([[0.0], np.cumsum(self.energies.numpy())])
         weight_ranks = np.array([self.weight_rank(int(r), config) for r in ranks], dtype=int)
         gain = kept[np.minimum(weight_ranks, len(kept) - 1)]
         basis, core, whole = self.sizes
-        if config.budget_unit == "latency":
+        if config.budget.unit == "latency":
             cost, dense = self._timed.at(ranks), self._timed.dense
-        elif config.budget_unit == "bytes":
+        elif config.budget.unit == "bytes":
             cost = parameters(m, n, ranks, True) * basis + (0 if folded else ranks * ranks * core)
             dense = m * n * whole
         else:
             # FLOPs are 2 a parameter and token; layers differ in how many tokens reach them
-            each = 2 * self.tokens if config.budget_unit == "flops" else 1
+            each = 2 * self.tokens if config.budget.unit == "flops" else 1
             cost, dense = parameters(m, n, ranks, folded) * each, m * n * each
         pays = cost < dense  # in time or bytes a rank may cost more than the layer it would replace
         ranks, cost, gain = ranks[pays], cost[pays], gain[pays]
-        ends_dense = config.leave_dense or config.full_rank or not len(ranks)
+        ends_dense = config.allocation.leave_dense or config.allocation.full_rank or not len(ranks)
         if ends_dense:
             ranks, cost, gain = np.append(ranks, min(m, n)), np.append(cost, dense), np.append(gain, kept[-1])
         return Offer(self.name, ranks, cost.astype(float), gain, ends_dense, float(dense))
@@ -73,7 +74,7 @@ class PlannedLayer:
     @property
     def _timed(self) -> Times:
         if self.times is None:
-            raise JactusError(f"the plan has no times of {self.name}; plan again with budget_unit='latency'")
+            raise JactusError(f"the plan has no times of {self.name}; plan again with Budget(unit='latency')")
         return self.times
 
     def width(self, rank: int, config: JactusConfig) -> int:
@@ -85,7 +86,7 @@ class PlannedLayer:
         if not self.is_full(rank):
             return core_width(rank, self.m, self.n, config)
         most = rank + min(task_rank(rank, config.share), self.beyond)
-        return max(rank, most - most % config.rank_multiple)
+        return max(rank, most - most % config.allocation.rank_multiple)
 
     def core_parameters(self, rank: int, config: JactusConfig) -> int:
         """What trains at a rank."""
@@ -119,10 +120,17 @@ class PlannedLayer:
         return config.share if self.directions.task_core.numel() and not self.is_full(rank) else 0.0
 
 
+REALLOCATES = ("budget", "allocation", "core", "trainable_extras")
+
+
+def _setting(config: JactusConfig, name: str) -> Any:
+    return attrgetter(name)(config)
+
+
 def core_width(rank: int, m: int, n: int, config: JactusConfig) -> int:
-    """The longer side of a core: config.core_width · rank, up to the next multiple; not more than the layer's shorter side."""
-    wanted = min(config.core_width * rank - 1e-9, m, n)
-    return max(rank, min(math.ceil(wanted / config.rank_multiple) * config.rank_multiple, m, n))
+    """The longer side of a core: config.core.width · rank, up to the next multiple; not more than the layer's shorter side."""
+    wanted = min(config.core.width * rank - 1e-9, m, n)
+    return max(rank, min(math.ceil(wanted / config.allocation.rank_multiple) * config.allocation.rank_multiple, m, n))
 
 
 @dataclass(frozen=True)
@@ -141,8 +149,26 @@ class Plan:
         return self.with_config(budget=budget)
 
     def with_config(self, **changes: Any) -> "Plan":
-        """The same spectra allocated under other settings of the configuration. Raises JactusError as JactusConfig."""
-        return with_ranks(replace(self, config=self.config.replace(**changes)))
+        """The same spectra allocated under other settings: of `budget`, `allocation`, `core` and `trainable_extras`, or a smaller
+        `union_share`; changes as `JactusConfig.replace` takes them.
+
+        Raises JactusError as JactusConfig, and for a setting that made the spectra: metric, damping, union, targets, dtypes.
+        """
+        before = self.config.with_share(self.of_language)
+        config = before.replace(**changes).with_share(self.of_language)
+        made = [f.name for f in fields(config) if f.name not in REALLOCATES]
+        changed = [name for name in made if getattr(config, name) != getattr(before, name)]
+        if "union_share" in changed and config.share < before.share:
+            changed.remove("union_share")
+        if config.core.dtype != before.core.dtype:
+            changed.append("core.dtype")
+        if changed:
+            raise JactusError(
+                f"Plan.with_config: the plan was made under {changed[0]}={_setting(before, changed[0])!r}, which decides its "
+                f"spectra or sizes and not only ranks, so {_setting(config, changed[0])!r} needs a plan of its own: jactus.plan "
+                "with that configuration"
+            )
+        return with_ranks(replace(self, config=config))
 
     @cached_property
     def dense_parameters(self) -> int:
@@ -241,30 +267,33 @@ def with_ranks(plan: Plan) -> Plan:
     """The plan with ranks for its configured budget, from its spectra."""
     config = plan.config.with_share(plan.of_language)
     plan = replace(plan, config=config)
-    if config.leave_dense is None:
-        config = config.replace(leave_dense=plan.of_language and not config.full_rank)
+    if config.allocation.leave_dense is None:
+        config = config.replace(leave_dense=plan.of_language and not config.allocation.full_rank)
     for name, layer in plan.layers.items():
-        if config.full_rank and layer.directions.kept < min(layer.m, layer.n):
+        if config.allocation.full_rank and layer.directions.kept < min(layer.m, layer.n):
             raise JactusError(
                 f"{name} ({layer.m}×{layer.n}): the plan kept {layer.directions.kept} directions a side, full_rank=True needs "
                 f"{min(layer.m, layer.n)}; plan again with it"
             )
     offers = [layer.offer(config) for layer in plan.layers.values()]
-    fraction = config.budget
-    if config.scope == "model":
-        kept = config.budget * (plan.dense_parameters + plan.other_parameters) - plan.other_parameters
+    fraction = config.budget.fraction
+    if config.budget.scope == "model":
+        kept = config.budget.fraction * (plan.dense_parameters + plan.other_parameters) - plan.other_parameters
         fraction = kept / plan.dense_parameters
         if fraction <= 0:
             raise JactusError(
-                f"budget={config.budget} of the whole model leaves nothing for the targeted layers: what is not targeted "
+                f"budget={config.budget.fraction} of the whole model leaves nothing for the targeted layers: what is not targeted "
                 f"(embeddings, norms, heads) is {plan.other_parameters} parameters already; raise it or use scope='targets'"
             )
         fraction = min(fraction, 1.0)
     budget = fraction * sum(o.dense_cost for o in offers)
-    whole = {name: min(layer.m, layer.n) if config.full_rank else None for name, layer in plan.layers.items()}
+    whole = {
+        name: min(layer.m, layer.n) if config.allocation.full_rank else None for name, layer in plan.layers.items()
+    }
     if fraction >= 1:  # nothing to save, and nothing lost
         return replace(plan, ranks=whole)
-    chosen = allocate(offers, budget, fraction, config.allocation == "uniform", config.rank_floor)
+    how = config.allocation
+    chosen = allocate(offers, budget, fraction, how.method == "uniform", how.rank_floor, how.uniform_part)
     ranks = {o.name: whole[o.name] if o.is_dense(c) else int(o.ranks[c]) for o, c in zip(offers, chosen)}
     return replace(plan, ranks=ranks)
 
@@ -286,6 +315,6 @@ def _table(plan: Plan) -> str:
         f"{plan.folded_parameters:,} ({plan.folded_parameters / dense:.1%}), cores {plan.core_parameters:,}; predicted "
         f"rise of the loss before training {plan.predicted_loss:.4g}"
     )
-    if plan.config.budget_unit == "latency":
+    if plan.config.budget.unit == "latency":
         lines[-1] += f"; measured time of these layers {plan.predicted_time:.1%} of dense"
     return "\n".join(lines)

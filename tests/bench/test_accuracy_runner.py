@@ -106,7 +106,7 @@ def test_every_entry_of_the_matrix_is_a_method_that_exists_and_no_grid_is_larger
 
 def test_settings_are_read_from_the_name():
     chosen = methods.variant("jactus[union=weight+covariance,union_share=0.1,leave_dense=True,calibration=64]")
-    assert chosen.config == JactusConfig(
+    assert chosen.config == JactusConfig().replace(
         accounting="folded", union=("weight", "covariance"), union_share=0.1, leave_dense=True
     )
     assert chosen.calibration == 64
@@ -232,12 +232,12 @@ def test_cores_can_be_made_as_many_as_uniform_ranks_have(tiny):
     task = tasks.TASKS["tiny"]
     case = task.load()
     statistics = tasks.calibrated(task, case, 64, 0, "fitted", None)
-    config = JactusConfig(accounting="folded", rank_multiple=1, budget=0.6)
+    config = JactusConfig().replace(accounting="folded", rank_multiple=1, budget=0.6)
     plan = jactus.plan(case.model, statistics, config, progress=False)
     wanted = plan.with_config(allocation="uniform").core_parameters
     found = methods.with_as_many_cores(plan, wanted)
-    assert found.core_parameters <= wanted < plan.at(found.config.budget + 0.05).core_parameters
-    assert found.config.allocation == "global"
+    assert found.core_parameters <= wanted < plan.at(found.config.budget.fraction + 0.05).core_parameters
+    assert found.config.allocation.method == "global"
 
 
 def test_stacked_layers_are_preserved_best_when_they_read_the_same_directions():

@@ -1,0 +1,171 @@
+"""The options that belong to one stage: `Budget`, `Allocation` and `Core`; and how an option is declared and checked."""
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+
+from jactus_kernels import JactusError
+
+
+def option(default: Any, help: str) -> Any:
+    """A field of the configuration with its default and what it means."""
+    return field(default=default, metadata={"help": help})
+
+
+def check(settings: Any, allowed: dict[str, bool]) -> None:
+    """Raise JactusError for the first field that is not allowed."""
+    for name, ok in allowed.items():
+        if not ok:
+            help = next(f.metadata["help"] for f in fields(settings) if f.name == name)
+            kind = type(settings).__name__
+            raise JactusError(f"{kind}.{name} = {getattr(settings, name)!r} is not allowed. {help}")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much to keep, and of what."""
+
+    fraction: float = option(0.8, "What to keep, as a part in (0, 1] of `unit` over `scope`.")
+    unit: str = option(
+        "parameters",
+        "'parameters', 'bytes' (of the weights as they are, spent as stored), 'flops' (per calibration token) or 'latency': the time that one call of each "
+        "layer, folded, takes for `latency_tokens`, measured while planning on the device of the weights and in their dtype "
+        "(our choice; no layer gets a rank at which it is slower than dense). 'latency' needs accounting='folded'.",
+    )
+    accounting: str = option(
+        "three_factor",
+        "'three_factor' counts r(m+n)+r² a layer, what is stored while training; 'folded' counts r(m+n), what is "
+        "deployed. '80%' is ambiguous without this word.",
+    )
+    scope: str = option(
+        "targets", "'targets': the budget is of the targeted layers; 'model': of the whole model (in parameters only)."
+    )
+    latency_tokens: int = option(
+        1, "Tokens of a call under unit='latency': 1 is decoding, batch × length a whole sequence."
+    )
+
+    def __post_init__(self) -> None:
+        allowed = {
+            "fraction": number(self.fraction) and 0 < self.fraction <= 1,
+            "unit": self.unit in ("parameters", "bytes", "flops")
+            or (self.unit == "latency" and self.accounting == "folded"),
+            "accounting": self.accounting in ("three_factor", "folded"),
+            "scope": self.scope == "targets" or (self.scope == "model" and self.unit == "parameters"),
+            "latency_tokens": whole(self.latency_tokens) and self.latency_tokens >= 1,
+        }
+        check(self, allowed)
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """How the budget is shared among the layers."""
+
+    method: str = option("global", "'global' by marginal gain per unit of cost, or 'uniform'.")
+    rank_floor: int = option(0, "The least rank of a layer under 'global'.")
+    uniform_part: float = option(
+        0.5,
+        "The least rank of a layer under 'global' as a part in [0, 1] of its uniform rank; the greater of the two floors "
+        "holds. A floor keeps core parameters to adapt with in layers that are easy to compress (measured).",
+    )
+    rank_multiple: int = option(
+        16, "Ranks (but full ones) are multiples of this, so that rows stay aligned for tiles and vector loads."
+    )
+    leave_dense: bool | None = option(
+        None,
+        "Whether a layer may stay dense where that preserves more per unit of cost than rank elsewhere; None: in language "
+        "models, whose loss is to be preserved, and not where a task head trains, since a dense layer has no core to adapt "
+        "with (both measured). (A budget of 1 is dense, or of full rank.)",
+    )
+    full_rank: bool = option(
+        False,
+        "Whether a layer may have its full rank where that preserves more per unit of cost than rank elsewhere (our choice, "
+        "measured). It costs what the dense layer costs and folds to one, but until then it has a core as long as the layer's "
+        "shorter side, and longer by the task's directions on the other, which trains: more to store and to optimize, for more "
+        "to learn with and no frozen layer. In the place of leave_dense; needs accounting='folded' and no trainable_rank.",
+    )
+
+    def __post_init__(self) -> None:
+        allowed = {
+            "method": self.method in ("global", "uniform"),
+            "rank_floor": whole(self.rank_floor) and self.rank_floor >= 0,
+            "uniform_part": number(self.uniform_part) and 0 <= self.uniform_part <= 1,
+            "rank_multiple": whole(self.rank_multiple) and self.rank_multiple >= 1,
+            "leave_dense": self.leave_dense is None or isinstance(self.leave_dense, bool),
+            "full_rank": isinstance(self.full_rank, bool) and not (self.full_rank and self.leave_dense),
+        }
+        check(self, allowed)
+
+
+@dataclass(frozen=True)
+class Core:
+    """What trains in a layer: the core's shape, dtype and coordinates."""
+
+    width: float = option(
+        1.0,
+        "The longer side of a core as a multiple of the rank (our choice): so many directions, not the rank's, on the side of "
+        "the layer with fewer rows, which give low ranks more to learn with. Folding multiplies them away: what is deployed is "
+        "r(m+n) as ever, but what is stored and trains until then is larger, at high budgets than dense. Above 1 it needs "
+        "accounting='folded' and no trainable_rank.",
+    )
+    trainable_rank: int | None = option(
+        None,
+        "Train only this leading block of each core, task directions first; None: all of it. For cores too large for the "
+        "optimizer.",
+    )
+    dtype: str | None = option(None, "Storage of the cores; None: the layer's dtype, at least float32.")
+    coordinates: str = option(
+        "fisher",
+        "Coordinates of the core: 'fisher' whitens the bases by the metric (by G and A under metric='fisher'), so that "
+        "Adam on the core is preconditioned (our choice; the function computed is the same); 'orthonormal' does not.",
+    )
+    coordinate_damping: float = option(
+        1.0, "Damping of the metric used for 'fisher' coordinates; at least `JactusConfig.damping`."
+    )
+    step_scaling: float = option(
+        0.5,
+        "In 'fisher' coordinates a layer's steps are scaled by (s / geometric mean of s over the layers)**step_scaling with "
+        "s = √(mean diag G · mean diag A): layers that the task's gradient reaches more strongly move faster (our choice, "
+        "measured; the function computed is the same). 0 moves all alike.",
+    )
+
+    def __post_init__(self) -> None:
+        plain_dtype(self, "dtype")
+        allowed = {
+            "width": number(self.width) and self.width >= 1 and (self.width == 1 or self.trainable_rank is None),
+            "trainable_rank": self.trainable_rank is None or (whole(self.trainable_rank) and self.trainable_rank >= 1),
+            "dtype": self.dtype is None or is_floating(self.dtype),
+            "coordinates": self.coordinates in ("fisher", "orthonormal"),
+            "coordinate_damping": number(self.coordinate_damping) and self.coordinate_damping > 0,
+            "step_scaling": number(self.step_scaling) and 0 <= self.step_scaling <= 1,
+        }
+        check(self, allowed)
+
+
+def refuse(settings: Any, name: str) -> None:
+    """Raise JactusError for a field, with what it allows."""
+    check(settings, {name: False})
+
+
+def plain_dtype(settings: Any, name: str) -> None:
+    """A torch.dtype by its name, so that the settings are JSON."""
+    value = getattr(settings, name)
+    if isinstance(value, torch.dtype):
+        object.__setattr__(settings, name, str(value).removeprefix("torch."))
+
+
+def number(value: Any) -> bool:
+    """Whether a value is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def whole(value: Any) -> bool:
+    """Whether a value is an integer, and not a truth value."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_floating(name: Any) -> bool:
+    """Whether a value names a floating dtype of torch."""
+    dtype = getattr(torch, str(name), None)
+    return isinstance(dtype, torch.dtype) and dtype.is_floating_point
