@@ -49,9 +49,9 @@ def headline() -> str:
 
 
 TEXT_SHOWN = (
-    "full", "full[linears]", "lora", "lora+embeddings", "dora", "pissa", "corda", "eva", "eigentune",
-    "jactus 80%", "jactus[full_rank=True] 80%", "jactus[full_rank=True]+embeddings 80%", "svd-llm+lora 80%", "cersa 80%",
-    "jactus 50%", "svd-llm+lora 50%", "cersa 50%", "jactus 35%", "jactus[core_width=2.0,union_share=0] 35%",
+    "full", "full[linears]", "lora", "dora", "pissa", "corda", "eva", "eigentune",
+    "jactus 80%", "jactus[full_rank=True] 80%", "jactus[full_rank=True]+embeddings 80%", "svd-llm+lora 80%",
+    "jactus 50%", "svd-llm+lora 50%", "jactus 35%", "jactus[core_width=2.0,union_share=0] 35%",
     "svd-llm+lora 35%", "asvd+lora 35%", "fwsvd+lora 35%", "svd+lora 35%", "cersa 35%",
 )  # fmt: skip
 TEXT_COLUMNS = (
@@ -65,51 +65,44 @@ TEXT_COLUMNS = (
     "in training",
     "trainable",
 )
-IMAGES_SHOWN = (
-    "full", "lora", "dora", "pissa", "corda", "eva", "eigentune", "jactus 80%", "jactus 50%", "jactus 35%", "svd-llm+lora 80%",
-    "svd-llm+lora 35%", "cersa 80%", "cersa 35%",
-)  # fmt: skip
-LANGUAGE_SHOWN = (
-    "full", "lora", "jactus 80%", "jactus[union_share=0.1] 80%", "jactus[full_rank=True,union_share=0.1] 80%",
-    "svd-llm+lora 80%", "cersa 80%", "jactus 50%", "svd-llm+lora 50%",
-)  # fmt: skip
-LEADS_SHOWN = ("jactus 80%", "jactus[full_rank=True] 80%", "jactus[full_rank=True]+embeddings 80%", "jactus 50%", "jactus 35%",
-               "jactus[core_width=2.0,union_share=0] 35%")  # fmt: skip
-
-# A default as JactusConfig has it, what was tried instead, and that setting's name in the rows.
-TRIED = (
-    ('metric="fisher"', "input", "metric=input"),
-    ('metric="fisher"', "gradient", "metric=gradient"),
-    ('metric="fisher"', "plain SVD", "metric=identity,union=weight,coordinates=orthonormal"),
-    ("damping=0.01", "0.001", "damping=0.001"),
-    ("damping=0.01", "0.1", "damping=0.1"),
-    ('union=("weight", "gradient")', "covariance", "union=weight+covariance"),
-    ('union=("weight", "gradient")', "both", "union=weight+covariance+gradient"),
-    ("union_share=None (0.1 here)", "0", "union_share=0"),
-    ("union_share=None (0.1 here)", "0.25", "union_share=0.25"),
-    ('Core(coordinates="fisher")', "orthonormal", "coordinates=orthonormal"),
-    ("Core(coordinate_damping=1)", "0.1", "coordinate_damping=0.1"),
-    ("Core(coordinate_damping=1)", "10", "coordinate_damping=10"),
-    ("Core(step_scaling=0.5)", "0", "step_scaling=0"),
-    ("Core(step_scaling=0.5)", "1", "step_scaling=1"),
-    ("Core(width=1)", "2", "core_width=2.0"),
-    ("Core(width=1), the union", "2, no share", "core_width=2.0,union_share=0"),
-    ("Core(trainable_rank=None)", "32", "trainable_rank=32"),
-    ('allocation="global"', "uniform", "allocation=uniform"),
-    ('allocation="global"', "cores of uniform's size", "cores=uniform"),
-    ("Allocation(uniform_part=0.5)", "0", "rank_floor=0.0"),
-    ("Allocation(uniform_part=0.5)", "0.8", "rank_floor=0.8"),
-    ("Allocation(leave_dense=None)", "True", "leave_dense=True"),
-    ('trainable_extras=("head",)', "and biases", "trainable_extras=head+bias"),
-    ('trainable_extras=("head",)', "and norms", "trainable_extras=head+bias+LayerNorm"),
-    ("2,000 calibration rows", "64", "calibration=64"),
-    ("2,000 calibration rows", "512", "calibration=512"),
-    ("fit_head first", "random head", "head=random"),
-)
+IMAGES_SHOWN = ("full", "lora", "dora", "eva", "jactus 80%", "jactus 50%", "jactus 35%", "svd-llm+lora 80%", "svd-llm+lora 35%",
+                "cersa 80%", "cersa 35%")  # fmt: skip
+IMAGES_COLUMNS = ("digits", "− LoRA, paired", "untrained", "deployed", "trainable")
+LANGUAGE_SHOWN = ("full", "lora", "jactus 80%", "jactus[union_share=0.1] 80%", "jactus[full_rank=True,union_share=0.1] 80%",
+                  "svd-llm+lora 80%", "jactus 50%", "svd-llm+lora 50%")  # fmt: skip
+LANGUAGE_COLUMNS = ("wikipedia", "openwebtext", "wikipedia-long", "deployed", "trainable")
+# A default as JactusConfig has it, and what was tried instead with that setting's name in the rows.
+TRIED = {
+    '`metric="fisher"`': {
+        "input": "metric=input",
+        "gradient": "metric=gradient",
+        "plain SVD": "metric=identity,union=weight,coordinates=orthonormal",
+    },
+    "`damping=0.01`": {"0.001": "damping=0.001", "0.1": "damping=0.1"},
+    '`union=("weight", "gradient")`': {
+        "covariance": "union=weight+covariance",
+        "both": "union=weight+covariance+gradient",
+    },
+    "`union_share=None`: a tenth": {"0": "union_share=0", "0.25": "union_share=0.25"},
+    '`Core(coordinates="fisher")`': {"orthonormal": "coordinates=orthonormal"},
+    "`Core(coordinate_damping=1)`": {"0.1": "coordinate_damping=0.1", "10": "coordinate_damping=10"},
+    "`Core(step_scaling=0.5)`": {"0": "step_scaling=0", "1": "step_scaling=1"},
+    "`Core(width=1)`": {"2": "core_width=2.0", "2, and no share": "core_width=2.0,union_share=0"},
+    "`Core(trainable_rank=None)`": {"32": "trainable_rank=32"},
+    '`allocation="global"`': {"uniform": "allocation=uniform", "cores of uniform's size": "cores=uniform"},
+    "`Allocation(uniform_part=0.5)`": {"0": "rank_floor=0.0", "0.8": "rank_floor=0.8"},
+    "`Allocation(leave_dense=None)`": {"True": "leave_dense=True"},
+    '`trainable_extras=("head",)`': {
+        "biases": "trainable_extras=head+bias",
+        "biases, norms": "trainable_extras=head+bias+LayerNorm",
+    },
+    "2,000 calibration rows": {"64": "calibration=64", "512": "calibration=512"},
+    "a fitted head": {"random": "head=random"},
+}
 
 
 def defaults() -> str:
-    """What each default was compared with: the change of the trained score, paired."""
+    """What each default was compared with: the change of the trained score, paired; alternatives in their order."""
     lines = {
         budget: {x["setting"]: x for x in one_table("accuracy.md", f"at a time, {budget}: acc")}
         for budget in ("80%", "35%")
@@ -120,15 +113,18 @@ def defaults() -> str:
         found = re.findall(r"\(([+-][^)]*)\)", text)
         return found[-1] if found else text if re.match("[+-]", text) else "–"
 
-    def three(budget: str, setting: str) -> str:
-        return " / ".join(change(budget, setting, column) for column in ("mean difference", "on validation rows"))
+    def together(settings: Sequence[str], budget: str, *columns: str) -> str:
+        each = [" / ".join(change(budget, setting, column) for column in columns) for setting in settings]
+        each = ["–" if set(text) <= set("–/ ") else text for text in each]
+        return "–" if set(each) == {"–"} else "; ".join(each)
 
-    found = []
-    for default, instead, setting in TRIED:
-        single = [change(*place) for place in (("80%", setting, "newsgroups, trained"), ("35%", setting, "newsgroups, trained"),
-                                               ("35%", setting, "movies, trained"))]  # fmt: skip
-        means = [three(budget, setting).replace("– / –", "–") for budget in ("80%", "35%")]
-        found.append((f"`{default}`" if "=" in default else default, instead, *single, *means))
+    both = ("mean difference", "on validation rows")
+    places = (("80%", "newsgroups, trained"), ("35%", "newsgroups, trained"), ("35%", "movies, trained"),
+              ("80%", *both), ("35%", *both))  # fmt: skip
+    found = [
+        (default, "; ".join(tried), *(together(list(tried.values()), *place) for place in places))
+        for default, tried in TRIED.items()
+    ]
     header = (
         "default",
         "instead",
@@ -205,10 +201,9 @@ def demo_latency() -> str:
 
 
 COMPILED_SHOWN = (
-    "covariance tma", "covariance pointer", "covariance masked", "covariance tma split", "covariance masked split",
-    "matmul tma A Bt + bias", "matmul pointer A Bt + bias", "chain 64 h, z", "chain 128 h, z", "chain 256 h, z",
-    "chain 256 folded", "pair 64 q, p, gC", "pair 128 q, p, gC", "gram qth", "sum of parts", "decode inner xV",
-    "decode outer core 64", "decode outer core 256", "decode outer folded",
+    "covariance tma", "covariance pointer", "covariance masked", "covariance tma split", "matmul tma A Bt + bias",
+    "chain 64 h, z", "chain 128 h, z", "chain 256 h, z", "chain 256 folded", "pair 64 q, p, gC", "pair 128 q, p, gC", "gram qth",
+    "sum of parts", "decode inner xV", "decode outer core 256", "decode outer folded",
 )  # fmt: skip
 
 
@@ -250,9 +245,8 @@ def llama_sums() -> str:
 BLOCKS: dict[str, Callable[[], str]] = {
     "headline": headline,
     "text": functools.partial(selected, *SHORT["text"], TEXT_SHOWN, TEXT_COLUMNS),
-    "leads": functools.partial(selected, *SHORT["lead"], LEADS_SHOWN, ("lora", "dora", "full", "full[linears]", "svd-llm+lora", "cersa")),
-    "images": functools.partial(selected, *SHORT["images"], IMAGES_SHOWN, ("digits", "− LoRA, paired", "untrained", "deployed", "trainable")),
-    "language": functools.partial(selected, *SHORT["perplexity"], LANGUAGE_SHOWN, ("wikipedia", "openwebtext", "wikipedia-long", "deployed", "trainable")),
+    "images": functools.partial(selected, *SHORT["images"], IMAGES_SHOWN, IMAGES_COLUMNS),
+    "language": functools.partial(selected, *SHORT["perplexity"], LANGUAGE_SHOWN, LANGUAGE_COLUMNS),
     "defaults": defaults,
     "costs": costs,
     "h100-costs": h100_costs,

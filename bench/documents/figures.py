@@ -2,12 +2,15 @@
 
 import functools
 import json
+import math
 import re
 import shlex
 from collections.abc import Callable, Sequence
 
 from jactus_kernels import JactusError
 
+from ..accuracy.tasks import TASKS, TEXT
+from ..cost.figures import TARGETS
 from .tables import RESULTS, Line, cell, full, one_table, tables
 
 # A table by a short name: `<!--=lead jactus@80% lora-->` is a cell of the second.
@@ -25,6 +28,9 @@ SHORT = {
     "heads": ("accuracy-heads.md", ""),
     "grouped": ("accuracy-grouped.md", ""),
     "memory": ("cost.md", "Memory"),
+    "forward": ("kernels-h100.md", "forward"),
+    "training": ("kernels-h100.md", "training"),
+    "update": ("kernels-h100.md", "covariance"),
     "h100-training": ("h100/cost.md", "Training step"),
 }
 TIMED = "dtype", "threads", "batch", "budget", "against", "model"
@@ -70,6 +76,42 @@ def quotients() -> str:
     return f"{min(found):.2f}–{max(found):.2f}"
 
 
+def updates(dtype: str, part: str, at_least: str) -> str:
+    """Least–most times that the covariance kernel is as fast as torch's ways on an H100, eagerly, from a width on: over
+    'best' of torch's, or the 'usual' way that upcasts."""
+    found = []
+    for line in one_table("kernels-h100.md", "covariance"):
+        if line["dtype, mode"] == f"{dtype}, eager" and int(line["n"]) >= int(at_least):
+            cells = [line[column].split(" / ") for column in line if column.startswith("T = ")]
+            found += [float(cell[0 if part == "best" else -1]) for cell in cells]
+    return f"{min(found):.1f}–{max(found):.1f}"
+
+
+def lost() -> str:
+    """The most validation points that the tried rate nearest to jactus.learning_rate lost to the best one."""
+    lines = [line for line in one_table("accuracy-rates.md", "") if line["task"] in TEXT]
+    most = max(float(line["best's score"]) - float(line["nearest's score"]) for line in lines)
+    return f"{most:.1f}"
+
+
+def times(kind: str, column: str, ours: str, theirs: str) -> str:
+    """How many times one cell is another, of a table by its short name."""
+    mine, other = (float(re.split("[^0-9.]", cell(*SHORT[kind], row, column))[0]) for row in (ours, theirs))
+    return f"{mine / other:.1f}"
+
+
+def target(measure: str, against: str, budget: str) -> str:
+    """The ratio that was aimed at."""
+    return f"{TARGETS[measure, against, float(budget.rstrip('%')) / 100]:.2f}"
+
+
+def test_error(task: str, method: str) -> str:
+    """One standard error, in points, of a method's accuracy from a text task's test rows alone."""
+    share = float(cell(*SHORT["text"], method, task).split()[0]) / 100
+    rows = TASKS[task].load.args[2][1]  # type: ignore[attr-defined]
+    return f"{100 * math.sqrt(share * (1 - share) / rows):.1f}"
+
+
 def versions(name: str) -> str:
     """The last line of a file of results: versions and machine."""
     return full(name).strip().splitlines()[-1]
@@ -102,6 +144,11 @@ KINDS: dict[str, Callable[..., str]] = {
     "h100-span": functools.partial(span, file="h100/cost.md"),
     "peaks": peaks,
     "quotients": quotients,
+    "updates": updates,
+    "lost": lost,
+    "times": times,
+    "target": target,
+    "test-error": test_error,
     "versions": versions,
     "demo": demo,
     "environment": environment,
