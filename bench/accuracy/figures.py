@@ -18,7 +18,15 @@ from .store import Row
 from .tasks import LANGUAGES, LONG, TASKS, TEXT, VISION
 
 Scores = dict[int, float]  # by seed
-MARKERS = "osD^vP*X<>hpd8"
+# What the plot shows, in the legend's order: label, marker and colour, the same in every panel.
+PLOTTED = {
+    "jactus": ("JACTUS", "o", "tab:blue"),
+    "full": ("full fine-tuning", "s", "black"),
+    "lora": ("LoRA", "D", "tab:orange"),
+    "dora": ("DoRA", "v", "tab:red"),
+    "svd-llm+lora": ("SVD-LLM, then LoRA", "^", "tab:green"),
+    "cersa": ("CERSA", "X", "tab:purple"),
+}
 
 
 @dataclass(frozen=True)
@@ -198,11 +206,13 @@ def _paired(mine: Scores, theirs: Scores, factor: float = 100.0) -> str:
 
 
 def plot(rows: list[Row], file: Path) -> None:
-    """Accuracy against deployed parameters: a panel per task, a line per method, standard deviations as bars."""
+    """Accuracy against deployed parameters: a panel per task, a line per method over its sizes, standard deviations as
+    bars. Of the methods in `PLOTTED`; the tables have the others."""
     found = summaries(rows, list(comparison()), TEXT)
-    figure, axes = pyplot.subplots(1, len(TEXT), figsize=(4.6 * len(TEXT), 4.2), layout="constrained")
+    shown = [method for method in PLOTTED if any(s.method == method for s in found)]
+    figure, axes = pyplot.subplots(1, len(TEXT), figsize=(4.4 * len(TEXT), 4.4), layout="constrained")
     for axis, task in zip(axes, TEXT):
-        for k, method in enumerate(dict.fromkeys(s.method for s in found)):
+        for method in shown:
             points = sorted((s.sizes.folded / 1e6, list(s.trained[task].values())) for s in found
                             if s.method == method and s.trained.get(task))  # fmt: skip
             if not points:
@@ -210,15 +220,16 @@ def plot(rows: list[Row], file: Path) -> None:
             x = [size for size, _ in points]
             y = [100 * statistics.fmean(v) for _, v in points]
             bars = [100 * statistics.stdev(v) if len(v) > 1 else 0 for _, v in points]
-            look = {
-                "marker": MARKERS[k % len(MARKERS)],
-                "color": pyplot.colormaps["tab20"](k % 20),
-            }  # the same in every panel
-            axis.errorbar(x, y, bars, **look, capsize=3, label=method, lw=2 if method == "jactus" else 1)
+            label, marker, colour = PLOTTED[method]
+            of_ours = variant(method) is not None
+            width, above = (2.2, 3) if of_ours else (1.2, 2)
+            axis.errorbar(
+                x, y, bars, marker=marker, color=colour, capsize=3, label=label, lw=width, ms=7, zorder=above, alpha=0.9
+            )
         axis.set(title=task, xlabel="deployed parameters, millions", ylabel=f"{TASKS[task].metric}, %")
         axis.grid(alpha=0.3)
     handles = {label: h for axis in axes for h, label in zip(*axis.get_legend_handles_labels())}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=7)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), fontsize=11)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=110)
     pyplot.close(figure)
