@@ -7,7 +7,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from jactus import JactusConfig
-from jactus.model.targets import find_targets, head_parameters
+from jactus.model.families import head_parameters
+from jactus.model.targets import find_targets
 
 
 def full_fine_tuning(model: nn.Module) -> nn.Module:

@@ -111,7 +111,6 @@ BATCHES = [
     (lambda: (BERT, [(1, 2)], {}), "batch 0 is a tuple: pass a list or loader of dicts"),
     (lambda: (LLAMA, ignored(LLAMA.batches(), 1), {}), "batch 1 has no loss term.*-100"),
     (lambda: (BERT, BERT.batches(), {"loss": lambda m, b: None}), "batch 0: the loss is a NoneType"),
-    (lambda: (BERT, without("labels"), {"loss": lambda m, b: m(**b).logits.mean()}), "batch 0.*no labels tensor"),
     (lambda: (BERT, BERT.batches(), {"loss": lambda m, b: m(**b).loss * float("nan")}), "batch 0: the loss is nan"),
 ]
 
@@ -131,7 +130,7 @@ def poison(model, name, at_batch, value, what):
     calls = iter(range(100))
 
     def hook(module, args, output):
-        if next(calls) != at_batch:
+        if not torch.is_grad_enabled() or next(calls) != at_batch:  # without gradients a batch is only looked into
             return None
         if what == "gradient":
             output.register_hook(lambda g: g * value)

@@ -84,7 +84,8 @@ def test_sigkill_resumes_to_a_bit_identical_result(tmp_path):
     seen = []
 
     def loss(model, batch):
-        seen.append(batch)
+        if torch.is_grad_enabled():  # without gradients the first batch is only looked into
+            seen.append(batch)
         return model(**batch).loss
 
     resumed = calibrate(BERT.model(), BERT.batches(5), loss=loss, resume=file)

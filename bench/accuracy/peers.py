@@ -21,7 +21,8 @@ from torch import Tensor, nn
 import jactus
 from bench.baselines import full_fine_tuning, lora, lora_config
 from jactus import JactusConfig, JactusError, Statistics
-from jactus.model.targets import find_targets, head_parameters
+from jactus.model.families import head_parameters
+from jactus.model.targets import find_targets
 from jactus.report import Size
 
 from . import compressors

@@ -8,53 +8,78 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from jactus_kernels import JactusError
 
-from .tokens import is_encoder_decoder
+from .examples import size, take
+from .terms import IGNORED, Terms
 
 Loss = Callable[[nn.Module, Any], Any]
+# What Trainer divides a loss by in the place of its own number of terms; here the model counts for itself.
+NORMALISER = "num_items_in_batch"
 
 
-def to_device(batch: Any, device: torch.device) -> Any:
-    """Tensors of a (nested) batch on `device`; everything else as it is."""
-    if isinstance(batch, Tensor):
-        return batch.to(device)
-    if isinstance(batch, Mapping):
-        return {k: to_device(v, device) for k, v in batch.items()}
-    if isinstance(batch, list | tuple):
-        return type(batch)(to_device(v, device) for v in batch)
-    return batch
+class LossSum:
+    """The sum of a batch's loss terms and their number, by the model's own loss or the user's.
 
-
-def loss_sum(
-    model: nn.Module, batch: Any, loss: Loss | None, index: int, blame: Callable[[int], None] | None = None
-) -> tuple[Tensor, int]:
-    """The sum of the batch's loss terms, and their number.
-
-    `loss(model, batch)` may return the terms unreduced (any shape), a pair (sum, number), or a mean over the batch's
-    labels; None takes the model's own `.loss`. Raises JactusError for a batch without a loss, or one not finite, unless
-    `blame(index)` raises it first, naming the layer where it began.
+    `loss(model, batch)` may return the terms unreduced (any shape), a pair (sum, number), or one number, whose rule of counting
+    is found on the first batch (`terms.py`); None takes the model's own.
     """
-    result = _own_loss(model, batch, index) if loss is None else loss(model, batch)
-    if isinstance(result, tuple):
-        total, terms = result
-        terms = int(terms)
-    elif not isinstance(result, Tensor):
-        raise JactusError(f"batch {index}: the loss is a {type(result).__name__}; return a tensor or (sum, terms)")
-    elif result.dim() > 0:
-        total, terms = widened(result).sum(), _unreduced_terms(result, batch)
-    else:
-        terms = _count_terms(model, batch, index)
-        total = widened(result) * terms
-    if terms < 1:
-        raise JactusError(f"batch {index} has no loss term (all its labels are -100); drop it or check the labels")
-    if not torch.isfinite(total):
-        if blame is not None:
-            blame(index)
-        raise JactusError(f"batch {index}: the loss is {total.item()}; check its inputs and labels, or use float32")
-    return total, terms
+
+    def __init__(self, model: nn.Module, loss: Loss | None, verify: bool = True) -> None:
+        self.model, self.loss = model, loss
+        self.terms = Terms(model, self.value, verify)
+
+    def of(self, batch: Any, index: int, blame: Callable[[int], None] | None = None) -> tuple[Tensor, int]:
+        """The sum (a scalar with its graph) and the number of terms of batch number `index`.
+
+        Raises JactusError for a batch without a loss, or one not finite, unless `blame(index)` raises it first, naming the layer
+        where it began.
+        """
+        result = self._result(batch, index)
+        if isinstance(result, tuple):
+            total, terms = result[0], int(result[1])
+        elif result.dim() > 0:
+            total, terms = widened(result).sum(), _unreduced_terms(result, batch)
+        else:
+            factor, terms = self.terms.of(batch, index, known=bool(torch.isfinite(result)))
+            total = widened(result) * factor
+        if terms < 1:
+            raise JactusError(f"batch {index} has no loss term (all its labels are -100); drop it or check the labels")
+        if not torch.isfinite(total):
+            if blame is not None:
+                blame(index)
+            raise JactusError(f"batch {index}: the loss is {total.item()}; check its inputs and labels, or use float32")
+        return total, terms
+
+    def prepare(self, batch: Any, index: int) -> None:
+        """Find the rule of a loss that is one number, before anything is recorded; does nothing for other losses."""
+        rows = size(batch)
+        few = batch if rows is None else take(batch, range(min(rows, 2)))
+        with torch.no_grad():
+            result = self._result(few, index)
+            if isinstance(result, Tensor) and result.dim() == 0 and torch.isfinite(result):
+                self.terms.of(batch, index)
+
+    def found(self) -> str:
+        """What the loss was found to be, in words."""
+        return self.terms.said or "sums of its own terms"
+
+    def value(self, batch: Any) -> float:
+        """The loss of a batch as one number, without a graph; of unreduced terms or a pair their sum."""
+        with torch.no_grad():
+            result = self._result(batch, -1)
+        result = result[0] if isinstance(result, tuple) else result
+        return float(widened(result).sum())
+
+    def _result(self, batch: Any, index: int) -> Any:
+        if self.loss is None:
+            return own_loss(self.model, batch, index)
+        result = self.loss(self.model, batch)
+        pair = isinstance(result, tuple) and len(result) == 2
+        if not pair and not isinstance(result, Tensor):
+            raise JactusError(f"batch {index}: the loss is a {type(result).__name__}; return a tensor or (sum, terms)")
+        return result
 
 
 def widened(loss: Tensor) -> Tensor:
@@ -68,46 +93,26 @@ def _unreduced_terms(terms: Tensor, batch: Any) -> int:
     if isinstance(labels, Tensor) and not labels.is_floating_point():
         for wanted in (labels, labels[..., 1:] if labels.dim() > 1 else labels):
             if wanted.numel() == terms.numel():
-                return int((wanted != -100).sum())
+                return int((wanted != IGNORED).sum())
     return terms.numel()
 
 
-def _own_loss(model: nn.Module, batch: Any, index: int) -> Tensor:
+def own_loss(model: nn.Module, batch: Any, index: int) -> Tensor:
+    """The model's own loss of a batch: a scalar. Raises JactusError where the model gives none."""
     if not isinstance(batch, Mapping):
         raise JactusError(
             f"batch {index} is a {type(batch).__name__}: pass a list or loader of dicts with labels (one dict alone: [batch]), or "
             "loss=lambda model, batch: … returning the unreduced loss terms"
         )
-    output = model(**batch)
+    output = model(**{key: value for key, value in batch.items() if key != NORMALISER})
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if loss is None:
+        first = output[0] if isinstance(output, tuple) and output else output
+        # a model that returns tuples puts its loss first, when it has one
+        loss = first if isinstance(first, Tensor) and first.dim() == 0 and first.is_floating_point() else None
+    if loss is None:
         raise JactusError(
-            f"batch {index} with keys {sorted(batch)} gives no loss; add labels to it, or pass "
+            f"batch {index} with keys {sorted(map(str, batch))} gives no loss; add labels to it, or pass "
             "loss=lambda model, batch: … returning the unreduced loss terms"
         )
-    return loss
-
-
-def _count_terms(model: nn.Module, batch: Any, index: int) -> int:
-    """How many terms the batch's mean loss averages, by the convention of transformers."""
-    labels = batch.get("labels") if isinstance(batch, Mapping) else None
-    if labels is None and isinstance(batch, Mapping) and "start_positions" in batch:
-        return len(batch["start_positions"])
-    if not isinstance(labels, Tensor):
-        raise JactusError(
-            f"batch {index}: the loss is one number and the batch has no labels tensor to count its terms by; return the "
-            "unreduced terms, or (sum, terms)"
-        )
-    if labels.is_floating_point():
-        return labels.numel()
-    if _shifts_labels(model):
-        labels = labels[..., 1:]  # the model shifts them: the first token is never predicted
-    return int((labels != -100).sum())
-
-
-def _shifts_labels(model: nn.Module) -> bool:
-    """Whether the model's own loss predicts labels[1:]: causal language models, and classes derived from them."""
-    names = {base.__name__ for base in type(model).__mro__}
-    causal = not names.isdisjoint(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-    by_loss = getattr(model, "loss_type", None) in ("ForCausalLM", "ForConditionalGeneration")
-    return causal or (by_loss and not is_encoder_decoder(model))
+    return loss if loss.dim() == 0 else loss.squeeze() if loss.numel() == 1 else loss

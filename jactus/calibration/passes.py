@@ -13,13 +13,17 @@ from tqdm import tqdm
 from jactus_kernels import JactusError
 
 from ..config import JactusConfig
-from ..model.targets import Target, find_targets, output_embedding
-from .losses import Loss, loss_sum, to_device
+from ..model.families import output_embedding
+from ..model.targets import Target, find_targets
+from .checks import check_forwards
+from .examples import singles, size, take, to_device
+from .losses import Loss, LossSum
+from .padding import masks_of
 from .recorder import Recorder
 from .snapshots import Snapshots
 from .statistics import Statistics
 from .summing import SUMMING, Summing
-from .tokens import TokenMasks
+from .tokens import Tokens
 
 logger = logging.getLogger("jactus")
 
@@ -36,20 +40,23 @@ def calibrate(
     loss_scale: float = 1.0,
     resume: str | os.PathLike | None = None,
     resume_every: float = 60.0,
+    verify: bool = True,
     progress: bool = True,
 ) -> Statistics:
     """Sum input covariances, output-gradient covariances and mean gradients over `batches`.
 
     model: any torch module; it is put in eval mode for the run and left as it was, hooks removed, even on an error.
     batches: dicts of keyword arguments with labels for a transformers model; anything that `loss` takes otherwise.
-        Rows where `attention_mask` is 0 enter no sum. The result does not depend on the batch size.
-    loss: `loss(model, batch)`, see `losses.loss_sum`; None takes the model's own.
+        Rows of padding enter no sum of inputs. The result does not depend on the batch size.
+    loss: `loss(model, batch)`, see `losses.LossSum`; None takes the model's own.
     memory_limit: bytes of sums held at a time; above it, calibration takes several passes over the batches.
     statistics_dtype: float32 or float64, what the covariances are summed in.
     statistics_device: where sums are kept, e.g. "cpu" to spare the GPU; None: each on its layer's.
     loss_scale: the loss is multiplied by it before backward, and the gradients divided by it.
     resume: a file for snapshots, written every `resume_every` seconds and removed at the end. If it exists, the run
         continues from it to the same result; batches must come in the same order (they are checked).
+    verify: look into the first batch (and the first with padding), at the price of a few examples' time: what the loss sums or
+        averages, which rows are tokens, that layers are used by their forward. False goes by names and shapes.
 
     Raises JactusError for what cannot be calibrated: no target, no loss, values that are not finite (with the layer and
     the batch), a layer that was never called, a snapshot of another run.
@@ -73,12 +80,18 @@ def calibrate(
     logger.info("calibrating %d layers, sums of at most %.1f MB at a time", len(targets), bytes_needed / 1e6)
     statistics = Statistics(config=chosen)
     snapshots = Snapshots(resume, resume_every, config, sums, model)
+    losses = LossSum(model, loss, verify)
     for number, part in enumerate(passes):
         done = snapshots.finished(number)
         if done is None:
-            done = _one_pass(model, batches, config, sums, part, loss, snapshots, number, progress)
+            done = _one_pass(model, batches, config, sums, part, losses, snapshots, number, progress, verify)
             if number + 1 < len(passes):
                 snapshots.finish(done, number)
+        if number and done.terms != statistics.terms:
+            raise JactusError(
+                f"pass {number + 1} over the batches had {done.terms} loss terms and the passes before it {statistics.terms}: "
+                "they were other batches; give the same in every pass (no shuffling), or a greater memory_limit"
+            )
         _append(statistics, done, to_cpu=len(passes) > 1)
     snapshots.clear()
     statistics.symmetrize_()
@@ -125,6 +138,7 @@ def _append(whole: Statistics, part: Statistics, to_cpu: bool) -> None:
     whole.input_sums |= part.input_sums
     whole.tokens |= part.tokens
     whole.terms = part.terms
+    whole.outputs += part.outputs
 
 
 def _one_pass(
@@ -133,13 +147,16 @@ def _one_pass(
     config: JactusConfig,
     sums: Summing,
     part: list[Target],
-    loss: Loss | None,
+    losses: LossSum,
     snapshots: Snapshots,
     number: int,
     progress: bool,
+    verify: bool,
 ) -> Statistics:
     statistics, skip = snapshots.started(number)
-    recorder = Recorder({t.name: t for t in part}, config, sums, statistics)
+    targets = {t.name: t for t in part}
+    tokens = Tokens(model, targets, losses.value, verify)
+    recorder = Recorder(targets, config, sums, statistics, tokens)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     index = -1
     with frozen_eval(model), recorder.hooks():
@@ -151,14 +168,20 @@ def _one_pass(
                     snapshots.check(number)
                 continue
             batch = to_device(batch, device)
-            recorder.begin(TokenMasks(model, batch, index))
-            with torch.enable_grad() if recorder.backward else torch.no_grad():
-                total, terms = loss_sum(model, batch, loss, index, recorder.blame)
-                recorder.between(index)
-                if recorder.backward:
-                    (total * sums.loss_scale).backward()
-            statistics.terms += terms
-            recorder.end(index)
+            if tokens.first is None:
+                statistics.outputs = _look(model, targets, batch, losses, tokens, number, index, verify)
+            tokens.begin(batch, index)
+            for part_of in _alone(batch, index, tokens) if tokens.alone else (batch,):
+                if tokens.alone:
+                    tokens.one_of(part_of)
+                recorder.begin(index)
+                with torch.enable_grad() if recorder.backward else torch.no_grad():
+                    total, terms = losses.of(part_of, index, recorder.blame)
+                    recorder.between()
+                    if recorder.backward:
+                        (total * sums.loss_scale).backward()
+                statistics.terms += terms
+                recorder.end()
             snapshots.maybe_save(statistics, number, index + 1)
     if index < 0:
         raise JactusError("no batch came out of `batches`; pass a list or loader with at least one")
@@ -169,17 +192,61 @@ def _one_pass(
     return statistics
 
 
+def _look(
+    model: nn.Module,
+    targets: dict[str, Target],
+    batch: Any,
+    losses: LossSum,
+    tokens: Tokens,
+    number: int,
+    index: int,
+    verify: bool,
+) -> tuple[str, ...]:
+    """What the first batch shows, before anything is summed; returns the layers that compute the model's answer."""
+    masks_of(model, batch, index)  # refuses what is no mask of padding before the model is run on it
+    losses.prepare(batch, index)
+    tokens.begin(batch, index)
+    assert tokens.first is not None
+    for name in tokens.first.outputs:
+        logger.warning(
+            "%s computes what the model returns, so it looks like a task head, and is to be compressed as any other layer; if it "
+            "is one, and fresh, exclude it (exclude_modules), fit it first and name it in trainable_extras", targets[name],
+        )  # fmt: skip
+    if verify:
+        rows = size(batch)
+        check_forwards(model, targets, batch if rows is None else take(batch, range(min(rows, 2))), losses.value)
+        logger.info("the loss is %s; every target is used by its forward alone", losses.found())
+    return tokens.first.outputs
+
+
+def _alone(batch: Any, index: int, tokens: Tokens) -> Iterator[Any]:
+    if size(batch) is None:
+        name, call = min(tokens.tables)
+        raise JactusError(
+            f"{name} reads rows that are no example's (call {call} of a forward is given as many whatever the number of "
+            f"examples), and batch {index} cannot be cut into examples to run them one at a time; exclude the layer"
+        )
+    return singles(batch)
+
+
 @contextmanager
 def frozen_eval(model: nn.Module) -> Iterator[None]:
-    """No dropout, no parameter gradients, no checkpointing (which runs layers twice); all put back at the end."""
+    """No dropout, no parameter gradients, no checkpointing (which runs layers twice), no cache of keys and values (with one,
+    transformers does not see that sequences are packed); all put back at the end."""
     training = [m for m in model.modules() if m.training]
     trainable = [p for p in model.parameters() if p.requires_grad]
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    caching = [c for c in configs.values() if getattr(c, "use_cache", None) is True]
     try:
         model.eval()
         for p in trainable:
             p.requires_grad_(False)
+        for c in caching:
+            c.use_cache = False
         yield
     finally:
+        for c in caching:
+            c.use_cache = True
         for m in training:
             m.training = True
         for p in trainable:

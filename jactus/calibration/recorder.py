@@ -1,6 +1,11 @@
-"""The hooks of a calibration pass: what each layer saw and was sent back, added to the sums."""
+"""The hooks of a calibration pass: what each layer saw and was sent back, added to the sums.
 
-from collections.abc import Iterator
+Inputs are added when a layer reads them: rows that are tokens. Gradients are taken where a layer's output leaves it, whatever is
+done to that output in place afterwards, and all rows of them: one that did not matter to the loss is zero and adds nothing.
+"""
+
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,20 +18,39 @@ from ..config import JactusConfig
 from ..model.targets import Target
 from .statistics import LayerStatistics, Statistics
 from .summing import Summing
-from .tokens import TokenMasks
+from .tokens import Tokens
+from .tracing import Call, input_of
+
+
+class _Tap(torch.autograd.Function):
+    """The identity, whose backward hands on the gradient to `record` first. What it returns may be changed in place."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, record: Callable[[Tensor], None]) -> Tensor:
+        ctx.record = record
+        return y.new_empty(0).set_(y.detach())  # type: ignore[call-overload]  # the same memory, and no view of y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
+        ctx.record(grads[0].detach())
+        return grads[0], None
 
 
 class Recorder:
-    """The hooks of one pass: what each layer saw and was sent back, added to the sums."""
+    """The hooks of one pass over the batches, for the layers whose sums it makes."""
 
-    def __init__(self, targets: dict[str, Target], config: JactusConfig, sums: Summing, statistics: Statistics) -> None:
-        self.targets, self.config, self.sums, self.statistics = targets, config, sums, statistics
+    def __init__(
+        self, targets: dict[str, Target], config: JactusConfig, sums: Summing, statistics: Statistics, tokens: Tokens
+    ) -> None:
+        self.targets, self.config, self.sums, self.statistics, self.tokens = targets, config, sums, statistics, tokens
         self.backward = config.needs_output or config.needs_gradient
         self.in_forward = False
-        self.seen: dict[str, list[Tensor]] = {}
-        self.versions: dict[str, list[int]] = {}
-        self.gradients: set[str] = set()
-        self.masks: TokenMasks
+        self.index = -1
+        self.calls: dict[str, int] = {}
+        self.counted: dict[str, int] = {}
+        self.gradients: dict[str, int] = {}
+        self.given: dict[Call, tuple[weakref.ref, int]] = {}
+        self.totals: dict[str, Tensor] = {}  # of inputs, where no sum of squares tells whether they are finite
         # Sums that come from a snapshot were read onto the CPU.
         for name, S in statistics.input_sums.items():
             statistics.input_sums[name] = S.to(self._device(name))
@@ -41,28 +65,32 @@ class Recorder:
         try:
             for name, target in self.targets.items():
                 handles.append(target.module.register_forward_pre_hook(self._before(name), with_kwargs=True))
-                handles.append(target.module.register_forward_hook(self._after(name)))
+                handles.append(target.module.register_forward_hook(self._after(name), with_kwargs=True, prepend=True))
             yield
         finally:
             for handle in handles:
                 handle.remove()
-            self.seen.clear()
+            self.given.clear()
 
-    def begin(self, masks: TokenMasks) -> None:
-        self.masks, self.in_forward = masks, True
-        self.seen.clear()
-        self.versions.clear()
-        self.gradients.clear()
+    def begin(self, index: int) -> None:
+        """Before the forward of batch number `index`, or of an example of it."""
+        if not self.statistics.layers:
+            self._make_sums()
+        self.in_forward, self.index = True, index
+        for kept in (self.calls, self.counted, self.gradients, self.given, self.totals):
+            kept.clear()
 
     def _before(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
             if not self.in_forward:
                 return None  # recomputation by activation checkpointing: this call was counted already
-            x = args[0] if args else kwargs["input"]
-            # References keep the inputs alive, so that identity can tell which layers share one.
-            self.seen.setdefault(name, []).append(x)
-            self.versions.setdefault(name, []).append(x._version)
-            if self.backward and torch.is_grad_enabled() and not x.requires_grad:
+            x = input_of(args, kwargs)
+            call = self.calls[name] = self.calls.get(name, -1) + 1
+            if self.backward and not torch.is_grad_enabled():
+                return None  # what is computed without gradients does not reach the loss
+            self.counted[name] = self.counted.get(name, 0) + 1
+            self._see_input(name, call, x)
+            if self.backward and not x.requires_grad:
                 # With all parameters frozen the graph must begin somewhere: at the input of the first layers.
                 return (x.detach().requires_grad_(True),), {}
             return None
@@ -70,113 +98,117 @@ class Recorder:
         return hook
 
     def _after(self, name: str) -> Any:
-        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
-            if self.backward and self.in_forward and output.requires_grad:
-                x = self.seen[name][-1]
-                shape, version = x.shape, x._version
-                # Only the mean gradient needs the inputs again; without it they are free to go.
-                kept = x if self.config.needs_gradient else None
-                output.register_hook(lambda g: self._add_gradient(name, shape, kept, version, g.detach()))
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
+            if not (self.backward and self.in_forward and torch.is_grad_enabled() and output.requires_grad):
+                return None
+            x = input_of(args, kwargs)
+            # Only the mean gradient needs the inputs again; without it they are free to go.
+            kept, version = (x.detach(), x._version) if self.config.needs_gradient else (None, 0)
+            return _Tap.apply(output, lambda g: self._add_gradient(name, kept, version, g))
 
         return hook
 
-    def between(self, index: int) -> None:
-        """After the forward: add the inputs, each once however many layers were given it."""
+    def _see_input(self, name: str, call: int, x: Tensor) -> None:
+        """Add the input, once however many layers are given it."""
+        owner = self.statistics.layers[name].inputs
+        if owner == name:
+            self.given[name, call] = (weakref.ref(x), x._version)
+            self._add_input(name, call, x)
+            return
+        known = self.given.get((owner, call))
+        if known is None or known[0]() is not x or known[1] != x._version:
+            raise JactusError(
+                f"{name} and {owner} were given the same input in the first batch and different ones in batch {self.index}; "
+                "the model is dynamic: calibrate them apart, with target_modules naming one at a time"
+            )
+
+    def between(self) -> None:
+        """After the forward: every layer must have been called."""
         self.in_forward = False
-        missing = [n for n in self.targets if n not in self.seen]
+        missing = [n for n in self.targets if not self.counted.get(n)]
         if missing:
             raise JactusError(
-                f"{self.targets[missing[0]]} was never called in batch {index} (nor were {len(missing) - 1} others); "
-                f"add it to exclude_modules, e.g. exclude_modules=({missing[0].split('.', 1)[-1]!r},)"
+                f"{self.targets[missing[0]]} was never called in batch {self.index} (nor were {len(missing) - 1} others), or "
+                f"only under torch.no_grad(); add it to exclude_modules, e.g. "
+                f"exclude_modules=({missing[0].split('.', 1)[-1]!r},)"
             )
-        groups: dict[tuple[int, ...], str] = {}
-        owner = {name: groups.setdefault(tuple(map(id, xs)), name) for name, xs in self.seen.items()}
-        if not self.statistics.layers:
-            self._make_sums(owner)
-        for name in self.targets:
-            kept = self.statistics.layers[name].inputs
-            if self.seen[name] and owner[name] != owner[kept]:
-                raise JactusError(
-                    f"{name} and {kept} were given the same input in the first batch and different ones in batch {index}; "
-                    "the model is dynamic: calibrate them apart, with target_modules naming one at a time"
-                )
-            if name == kept:
-                for x, version in zip(self.seen[name], self.versions[name]):
-                    self._check_unchanged(name, x, version)
-                    self._add_input(name, x)
-        self.seen.clear()
 
     def _device(self, name: str) -> torch.device:
         return self.sums.device or self.targets[name].weight.device
 
-    def _make_sums(self, owner: dict[str, str]) -> None:
+    def _make_sums(self) -> None:
         def zeros(target: Target, *shape: int) -> Tensor:
             return torch.zeros(*shape, dtype=self.sums.dtype, device=self._device(target.name))
 
         config, statistics = self.config, self.statistics
+        assert self.tokens.first is not None
         for name, t in self.targets.items():
+            owner = self.tokens.first.owners.get(name, name)
             statistics.layers[name] = LayerStatistics(
                 t.m,
                 t.n,
                 t.fingerprint,
-                owner[name],
+                owner,
                 zeros(t, t.m, t.m) if config.needs_output else None,
                 zeros(t, t.m, t.n) if config.needs_gradient else None,
             )
-            if owner[name] == name:
+            if owner == name:
                 statistics.tokens[name] = 0
                 if config.needs_input:
                     statistics.input_sums[name] = zeros(t, t.n, t.n)
 
-    def _add_input(self, name: str, x: Tensor) -> None:
-        mask = self.masks.of(name, x.shape)
+    def _add_input(self, name: str, call: int, x: Tensor) -> None:
+        mask = self.tokens.of(name, call, x.shape)
         self.statistics.tokens[name] += x.numel() // x.shape[-1] if mask is None else int(mask.sum())
         if self.config.needs_input:
             S = self.statistics.input_sums[name]
             covariance_update_(S, *_rows(x.detach(), mask, S.device))
+        else:
+            self.totals[name] = x.detach().sum()
 
-    def _add_gradient(self, name: str, shape: torch.Size, x: Tensor | None, version: int, g: Tensor) -> None:
-        self.gradients.add(name)
-        layer, mask = self.statistics.layers[name], self.masks.of(name, shape)
-        scale = self.sums.loss_scale
+    def _add_gradient(self, name: str, x: Tensor | None, version: int, g: Tensor) -> None:
+        self.gradients[name] = self.gradients.get(name, 0) + 1
+        layer, scale = self.statistics.layers[name], self.sums.loss_scale
         if layer.output_sum is not None:
             S = layer.output_sum
-            covariance_update_(S, *_rows(g, mask, S.device), alpha=scale**-2)
+            covariance_update_(S, _rows(g, None, S.device)[0], alpha=scale**-2)
         if layer.gradient_sum is not None:
             assert x is not None
-            self._check_unchanged(name, x, version)
+            if x._version != version:
+                raise JactusError(
+                    f"{self.targets[name]}: the model overwrites the layer's input in place after the layer has read it, so "
+                    "its mean gradient would be of other values; make that operation out of place, or exclude the layer"
+                )
             D = layer.gradient_sum
-            rows, kept = _rows(g, mask, D.device)
-            inputs, _ = _rows(x.detach(), mask, D.device)
-            if kept is not None:
-                rows, inputs = rows[kept], inputs[kept]
-            D.addmm_(rows.to(D.dtype).T, inputs.to(D.dtype), alpha=1 / scale)
-
-    def _check_unchanged(self, name: str, x: Tensor, version: int) -> None:
-        if x._version != version:
-            raise JactusError(
-                f"{self.targets[name]}: the model overwrites the layer's input in place after the layer has read it, so "
-                "its covariance would be of other values; make that operation out of place, or exclude the layer"
+            D.addmm_(
+                _rows(g, None, D.device)[0].to(D.dtype).T, _rows(x, None, D.device)[0].to(D.dtype), alpha=1 / scale
             )
 
-    def end(self, index: int) -> None:
-        """After the backward: every layer must have had its gradient, and every sum be finite."""
-        self.seen.clear()
-        silent = [n for n in self.targets if n not in self.gradients] if self.backward else []
+    def end(self) -> None:
+        """After the backward: every call must have had its gradient, and every sum be finite."""
+        silent = [n for n in self.targets if not self.gradients.get(n)] if self.backward else []
         if silent:
             raise JactusError(
-                f"no gradient reached {self.targets[silent[0]]} in batch {index} (nor {len(silent) - 1} others): the loss "
-                "does not depend on it, or it ran under torch.no_grad(); add it to exclude_modules"
+                f"no gradient reached {self.targets[silent[0]]} in batch {self.index} (nor {len(silent) - 1} others): the "
+                "loss does not depend on it, or it ran under torch.no_grad(); add it to exclude_modules"
             )
-        self._check_finite(index)
+        fewer = [n for n in self.targets if self.backward and self.gradients[n] != self.counted[n]]
+        if fewer:
+            raise JactusError(
+                f"{self.targets[fewer[0]]} was called {self.counted[fewer[0]]} times in batch {self.index} and the loss depends "
+                f"on {self.gradients[fewer[0]]} of them; compute the others under torch.no_grad(), or exclude the layer"
+            )
+        self._check_finite()
 
     def blame(self, index: int) -> None:
         """The loss is not finite: raise, naming the first layer in the order of the calls that was given such an input."""
-        for name, inputs in self.seen.items():
-            if not all(bool(torch.isfinite(x).all()) for x in inputs):
+        for name in self.counted:
+            S = self.statistics.input_sums.get(name)
+            total = self.totals.get(name) if S is None else S.diagonal().sum()
+            if total is not None and not torch.isfinite(total):
                 raise _not_finite(f"inputs of {self.targets[name]}", index)
 
-    def _check_finite(self, index: int) -> None:
+    def _check_finite(self) -> None:
         """A sum of squares is finite only if every value was: one number a sum, one synchronisation for all of them.
 
         In the order in which a bad value spreads, so that the layer named is where it began: inputs go forward,
@@ -195,7 +227,7 @@ class Recorder:
         device = found[0][1].device
         finite = torch.isfinite(torch.stack([total.to(device) for _, total in found]))
         if not finite.all():
-            raise _not_finite(found[int((~finite).nonzero()[0])][0], index)
+            raise _not_finite(found[int((~finite).nonzero()[0])][0], self.index)
 
 
 def _not_finite(where: str, index: int) -> JactusError:

@@ -34,6 +34,7 @@ class Statistics:
     """Sums of a calibration run, by layer name; Σ_x and its token count by the name of the first layer sharing it.
 
     `config` is the one that the run was made under, which `plan` goes by; None in files of before it was kept.
+    `outputs` are the layers that compute what the model returns.
     """
 
     layers: dict[str, LayerStatistics] = field(default_factory=dict)
@@ -41,6 +42,7 @@ class Statistics:
     tokens: dict[str, int] = field(default_factory=dict)
     terms: int = 0
     config: JactusConfig | None = None
+    outputs: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         seen = max(self.tokens.values(), default=0)
@@ -147,6 +149,7 @@ class Statistics:
                 tensors[f"gradient/{name}"] = layer.gradient_sum
         meta = {
             "terms": self.terms,
+            "outputs": list(self.outputs),
             "config": None if self.config is None else self.config.to_dict(),
             "tokens": self.tokens,
             "layers": {
@@ -163,6 +166,7 @@ class Statistics:
             terms=meta["terms"],
             tokens=meta["tokens"],
             config=None if config is None else JactusConfig.from_dict(config),
+            outputs=tuple(meta.get("outputs", ())),
         )
         for name, kept in meta["layers"].items():
             layer = self.layers[name] = LayerStatistics(**kept)

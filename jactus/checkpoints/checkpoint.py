@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 
 from jactus_kernels import JactusError
 
+from ..model.families import head_parameters
 from ..model.lowrank import compressed_layers, core_layers
-from ..model.targets import fingerprint, head_parameters
+from ..model.targets import fingerprint
 from . import storage
 from .quantizer import file_digest, own_name, record
 

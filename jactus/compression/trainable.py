@@ -8,8 +8,8 @@ from torch import nn
 from jactus_kernels import JactusError
 
 from ..checkpoints.quantizer import record
+from ..model.families import head_parameters
 from ..model.lowrank import core_layers
-from ..model.targets import head_parameters
 
 
 def mark_trainable(model: nn.Module, extras: str | Sequence[str] = ("head",)) -> list[str]:

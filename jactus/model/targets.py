@@ -13,11 +13,10 @@ from transformers.pytorch_utils import Conv1D
 from jactus_kernels import JactusError
 
 from ..config import JactusConfig
+from .families import outside_base
 from .lowrank import refuse_compressed
 
 logger = logging.getLogger("jactus")
-# What transformers calls the top-level heads of models that have no base model apart.
-HEADS = ("classifier", "score", "qa_outputs", "projector")
 
 
 @dataclass(frozen=True)
@@ -100,33 +99,6 @@ def _target(name: str, module: nn.Module) -> Target:
     rows, columns = module.get_parameter("weight").shape
     m, n = (columns, rows) if transposed else (rows, columns)
     return Target(name, module, m, n, transposed)
-
-
-def outside_base(model: nn.Module) -> set[str]:
-    """Names of all modules outside a Hugging Face model's base model (the heads), and of its output embedding."""
-    names: set[str] = set()
-    base = getattr(model, "base_model", None)
-    if isinstance(base, nn.Module) and base is not model:
-        inside = {id(m) for m in base.modules()}
-        names = {name for name, m in model.named_modules() if name and id(m) not in inside}
-    else:  # a model that is its own base, such as CLIPForImageClassification
-        names = {name for name, _ in model.named_modules() if name.split(".")[0] in HEADS}
-    embedding = output_embedding(model)
-    return names | {name for name, m in model.named_modules() if m is embedding and m is not None}
-
-
-def output_embedding(model: nn.Module) -> nn.Module | None:
-    """The layer from hidden states to the vocabulary; None for a model without one."""
-    getter = getattr(model, "get_output_embeddings", None)
-    return getter() if getter is not None else None
-
-
-def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of a Hugging Face model's task head, by name; none for a bare or a language model."""
-    outside = outside_base(model)
-    embedding = output_embedding(model)
-    kept = set() if embedding is None else {id(p) for p in embedding.parameters()}
-    return {name: p for name, p in model.named_parameters() if name.rpartition(".")[0] in outside and id(p) not in kept}
 
 
 def looks_linear(module: nn.Module) -> bool:

@@ -10,7 +10,8 @@ from jactus_kernels import JactusError
 
 from ..calibration.statistics import Statistics
 from ..config import JactusConfig
-from ..model.targets import Target, find_targets, output_embedding
+from ..model.families import output_embedding
+from ..model.targets import Target, find_targets
 from .allocation import admissible_ranks
 from .latency import measured
 from .plans import Plan, PlannedLayer, core_width, with_ranks

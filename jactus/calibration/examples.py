@@ -1,0 +1,79 @@
+"""A batch as examples: move it, count them, take some of them. Batches may be nested in any way."""
+
+import copy
+from collections import Counter, UserDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Path = tuple[str, ...]
+
+
+def mapped(batch: Any, change: Callable[[Path, Any], Any], path: Path = ()) -> Any:
+    """The batch with `change(path, leaf)` in the place of every leaf; containers keep their kind."""
+    if isinstance(batch, Mapping):
+        changed = {key: mapped(value, change, (*path, str(key))) for key, value in batch.items()}
+        if isinstance(batch, UserDict):  # BatchEncoding and its kin, which people read by attribute
+            again = copy.copy(batch)
+            again.data = changed
+            return again
+        return changed
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(mapped(v, change, (*path, name)) for name, v in zip(batch._fields, batch)))
+    if isinstance(batch, list | tuple):
+        return type(batch)(mapped(v, change, (*path, str(i))) for i, v in enumerate(batch))
+    if is_dataclass(batch) and not isinstance(batch, type):
+        held = {f.name: mapped(getattr(batch, f.name), change, (*path, f.name)) for f in fields(batch) if f.init}
+        return replace(batch, **held)
+    return change(path, batch)
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """The batch with its tensors on `device`; everything else as it is."""
+    return mapped(batch, lambda path, leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf)
+
+
+def tensors(batch: Any) -> Iterator[tuple[Path, Tensor]]:
+    """The tensors of a batch with where they are in it."""
+    found: list[tuple[Path, Tensor]] = []
+
+    def see(path: Path, leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            found.append((path, leaf))
+        return leaf
+
+    mapped(batch, see)
+    return iter(found)
+
+
+def size(batch: Any) -> int | None:
+    """How many examples a batch has, by the first dimension that its tensors have in common; None where they have none.
+
+    A first dimension of 1 may stand for all examples (positions), and numbers belong to none.
+    """
+    leading = Counter(t.shape[0] for _, t in tensors(batch) if t.dim())
+    if not leading:
+        return None
+    rows = max(leading)
+    several = set(leading) - {1}
+    return rows if len(several) <= 1 else None
+
+
+def take(batch: Any, chosen: Sequence[int]) -> Any:
+    """The chosen examples of a batch whose `size` is known."""
+    rows = size(batch)
+
+    def pick(path: Path, leaf: Any) -> Any:
+        if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == rows:
+            return leaf[list(chosen)]
+        return leaf
+
+    return mapped(batch, pick)
+
+
+def singles(batch: Any) -> Iterator[Any]:
+    """The examples of a batch one at a time."""
+    return (take(batch, [i]) for i in range(size(batch) or 0))

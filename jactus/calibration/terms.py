@@ -1,0 +1,231 @@
+"""How many terms a batch's loss sums or averages: found out on a few examples, not guessed from names.
+
+With S(B) the sum of the terms of a batch's loss, S(B₁ ∪ B₂) = S(B₁) + S(B₂). A loss that is one number L(B) is a sum already, or
+a mean over something: rows, labels, labels that are predicted one place before, elements, places of a mask. Of these rules the one
+is taken under which S = L · (number of terms) adds up over parts of a batch. Labels that are ignored need not be −100.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from jactus_kernels import JactusError
+
+from ..model.families import config_values, shifts_labels
+from .examples import mapped, size, take, tensors
+
+IGNORED = -100  # by torch's cross-entropy and all of transformers
+FEW = 4  # examples that a rule is tried on
+# How far rounding moves a sum, and what two rules must differ by to be told apart: of parameters in half precision, and of all
+# others (transformers computes its losses in float32 whatever the model's dtype).
+HALF, FULL = (3e-2, 2e-3), (1e-4, 1e-6)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One way to count. kind: 'sum', 'rows', 'labels', 'shifted labels', 'elements', 'mask' or 'shifted mask'; of the tensor at
+    `path`, without the values that are `ignored`."""
+
+    kind: str
+    path: tuple[str, ...] = ()
+    ignored: tuple[int, ...] = ()
+
+    def count(self, batch: Any) -> int:
+        """The terms of a batch's loss."""
+        if self.kind in ("sum", "rows"):
+            return size(batch) or 1
+        at = dict(tensors(batch))[self.path]
+        if self.kind == "elements":
+            return at.numel()
+        if self.kind.startswith("shifted"):
+            at = at[..., 1:]
+        counted = at != 0 if self.kind.endswith("mask") else torch.ones_like(at, dtype=torch.bool)
+        for value in self.ignored:
+            counted = counted & (at != value)
+        return int(counted.sum())
+
+    def factor(self, batch: Any) -> int:
+        """What turns the loss into the sum of its terms."""
+        return 1 if self.kind == "sum" else self.count(batch)
+
+    def __str__(self) -> str:
+        if self.kind == "sum":
+            return "a sum already; its terms are counted as examples"
+        where = f" of {'.'.join(self.path)}" if self.path else ""
+        without = [v for v in self.ignored if v != IGNORED]
+        return f"a mean over {self.kind}{where}{f' but those of {without}' if without else ''}"
+
+
+def rules(model: nn.Module, batch: Any) -> list[Rule]:
+    """What may be, the likeliest first: what transformers does with such labels."""
+    labels = [(path, t) for path, t in tensors(batch) if path and _is_label(path[-1])]
+    if not labels and not isinstance(batch, Mapping):
+        labels = [(path, t) for path, t in tensors(batch) if not t.is_floating_point() and t.dtype != torch.bool]
+    found = []
+    for path, t in labels:
+        if t.is_floating_point() or not t.dim():
+            found.append(Rule("elements", path))
+            continue
+        kinds = ["labels", "shifted labels"] if t.dim() > 1 else ["labels"]
+        if shifts_labels(model):
+            kinds.reverse()
+        ignored = [(IGNORED,), *((IGNORED, v) for v in _candidates_to_ignore(model))]
+        found += [Rule(kind, path, some) for some in ignored for kind in kinds]
+    found.append(Rule("rows"))
+    found += [Rule("elements", path) for path, t in labels if not t.is_floating_point() and t.dim() > 1]
+    for path, t in tensors(batch):
+        if t.dim() > 1 and ((path[-1:] and "mask" in path[-1]) or t.dtype == torch.bool):
+            found += [Rule("mask", path), Rule("shifted mask", path)]
+    found.append(Rule("sum"))
+    return list(dict.fromkeys(found))
+
+
+def _is_label(name: str) -> bool:
+    return name in ("label", "label_ids") or name.endswith("labels")
+
+
+def _candidates_to_ignore(model: nn.Module) -> list[int]:
+    named = ("semantic_loss_ignore_index", "ignore_index", "pad_token_id")
+    found = [v for name in named for v in config_values(model, name) if isinstance(v, int)]
+    return [v for v in dict.fromkeys([*found, 255, -1]) if v != IGNORED]
+
+
+class Terms:
+    """The rule of a model's loss: found on the first batch, and again on a batch that tells apart what earlier ones did not."""
+
+    def __init__(self, model: nn.Module, value: Callable[[Any], float], verify: bool) -> None:
+        self.model, self.value, self.verify = model, value, verify
+        self.left: list[Rule] = []
+        self.first: tuple[int, ...] = ()
+        self.said = ""
+
+    def of(self, batch: Any, index: int, known: bool = True) -> tuple[int, int]:
+        """What to multiply a batch's loss by, and how many terms it has; known: whether the loss is a number to go by."""
+        if not known and not self.left:
+            likeliest = rules(self.model, batch)[0]
+            return likeliest.factor(batch), likeliest.count(batch)
+        if not self.left:
+            candidates = [r for r in rules(self.model, batch) if r.count(batch) > 0]
+            self._choose(candidates if self.verify else _convention(candidates, batch, index), batch, index)
+        if len(self.left) > 1:
+            counts = tuple(rule.factor(batch) for rule in self.left)
+            apart = any(a * self.first[0] != b * counts[0] for a, b in zip(counts, self.first))
+            if apart and self.verify and known:
+                self._choose(self.left, batch, index)
+        return self.left[0].factor(batch), self.left[0].count(batch)
+
+    def _choose(self, candidates: list[Rule], batch: Any, index: int) -> None:
+        self.left = self._tried(candidates, batch, index) if self.verify else candidates
+        self.first = tuple(rule.factor(batch) for rule in self.left)
+        self.said = str(self.left[0])
+
+    def _tried(self, candidates: list[Rule], batch: Any, index: int) -> list[Rule]:
+        """Those of the candidates that add up over parts of this batch."""
+        name = type(self.model).__name__
+        probes = list(_probes(batch))
+        if not probes:
+            raise JactusError(
+                f"batch {index}: the loss of {name} is one number, and the batch cannot be cut into examples (its tensors have "
+                f"different first dimensions: { {'.'.join(p): tuple(t.shape) for p, t in tensors(batch)} }) to see what it "
+                "averages; pass loss= that returns (sum, number of terms), or verify=False to go by transformers' conventions"
+            )
+        left, best = candidates, ""
+        for number, (whole, parts) in enumerate(probes):
+            try:
+                values = [self.value(b) for b in (whole, *parts)]
+                again = self.value(whole) if number == 0 else values[0]
+            except Exception:
+                if number:  # an example with labels taken away, which this loss does not take
+                    break
+                raise
+            if abs(again - values[0]) > _rounding(self.model)[0] * abs(values[0]):
+                raise JactusError(
+                    f"batch {index}: the loss of {name} is another at a second call with the same examples "
+                    f"({values[0]:.6g}, then {again:.6g}), in eval mode: what it sums cannot be told; make it "
+                    "deterministic, or pass loss= that returns (sum, number of terms)"
+                )
+            told = _that_add_up(left, whole, parts, values, _rounding(self.model))
+            if not told:
+                best = f"{values[0]:.6g} of {size(whole)} examples, {', '.join(f'{v:.6g}' for v in values[1:])} of its parts"
+                break
+            left = told
+        if best:
+            raise JactusError(
+                f"batch {index}: the loss of {name} is no sum and no mean over rows, labels, elements or a mask that adds up "
+                f"over parts of the batch ({best}); an example's loss depends on the others (contrastive?), or it is a sum of "
+                "several means: pass loss= that returns (sum, number of terms)"
+            )
+        return left
+
+
+def _convention(candidates: list[Rule], batch: Any, index: int) -> list[Rule]:
+    known = [rule for rule in candidates if rule.path]
+    if not known and not any(path and path[-1] == "start_positions" for path, _ in tensors(batch)):
+        raise JactusError(
+            f"batch {index}: the loss is one number and the batch has no labels to count its terms by; return the unreduced "
+            "terms, or (sum, terms)"
+        )
+    return [(known or [Rule("rows")])[0]]
+
+
+def _rounding(model: nn.Module) -> tuple[float, float]:
+    sizes = [p.element_size() for p in model.parameters() if p.is_floating_point()]
+    return HALF if min(sizes, default=4) < 4 else FULL
+
+
+def _probes(batch: Any) -> list[tuple[Any, list[Any]]]:
+    """Small batches with parts that make them up: a few examples; then the same with most labels of the first taken away, so
+    that examples with as many labels as each other do not hide what is averaged."""
+    rows = size(batch)
+    if rows is None:
+        return []
+    fullest = sorted(range(rows), key=lambda i: -_labels_of(batch, i))
+    few = take(batch, [fullest[i % rows] for i in range(max(2, min(rows, FEW)))])
+    found = [(few, _parts(few))]
+    fewer = mapped(few, lambda path, leaf: _with_fewer_labels(leaf) if path and _is_label(path[-1]) else leaf)
+    if any(not torch.equal(a, b) for (_, a), (_, b) in zip(tensors(few), tensors(fewer))):
+        found.append((fewer, _parts(fewer)))
+    return found
+
+
+def _labels_of(batch: Any, row: int) -> int:
+    """How many labels of an example may count: an example without any says nothing of what is averaged."""
+    rows = size(batch)
+    labels = (t for path, t in tensors(batch) if path and _is_label(path[-1]) and t.dim() > 1 and t.shape[0] == rows)
+    return sum(int((t[row] != IGNORED).sum()) for t in labels)
+
+
+def _parts(few: Any) -> list[Any]:
+    rows = size(few) or 0
+    return [take(few, [0]), take(few, range(1, rows))]
+
+
+def _with_fewer_labels(labels: Any) -> Any:
+    """The first example with its last third of labels only."""
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dim() < 2 or labels.shape[0] < 2:
+        return labels
+    counted = (labels[0].reshape(-1) != IGNORED).nonzero()[:, 0]
+    if len(counted) < 3:
+        return labels
+    labels = labels.clone()
+    labels[0].view(-1)[counted[: -max(len(counted) // 3, 1)]] = IGNORED
+    return labels
+
+
+def _that_add_up(
+    candidates: list[Rule], whole: Any, parts: list[Any], values: list[float], rounding: tuple[float, float]
+) -> list[Rule]:
+    tolerance, apart = rounding
+    missed = {}
+    for rule in candidates:
+        counts = [rule.factor(b) for b in (whole, *parts)]
+        if min(counts) < 1 or any(v != v for v in values):
+            continue
+        sums = [v * c for v, c in zip(values, counts)]
+        scale = sum(abs(s) for s in sums[1:]) or 1.0
+        missed[rule] = abs(sums[0] - sum(sums[1:])) / scale
+    least = min(missed.values(), default=float("inf"))
+    return [rule for rule, miss in missed.items() if miss <= tolerance and miss <= max(8 * least, apart)]

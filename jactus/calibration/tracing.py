@@ -1,0 +1,77 @@
+"""What the target layers are given in one forward of a few examples: the evidence that the checks go by."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..model.targets import Target
+
+Call = tuple[str, int]  # a layer's name, and which of its calls in a forward
+
+
+@dataclass
+class Trace:
+    """inputs: what each call was given, (…, n), as it was then; owners: for each layer the first one that was given the very
+    same tensors; outputs: of layers whose last output is what the model returns, names."""
+
+    inputs: dict[Call, Tensor] = field(default_factory=dict)
+    owners: dict[str, str] = field(default_factory=dict)
+    outputs: tuple[str, ...] = ()
+
+    def rows(self, call: Call) -> int:
+        """How many rows a call was given; 0 for one that was not made."""
+        x = self.inputs.get(call)
+        return 0 if x is None else x.numel() // max(x.shape[-1], 1)
+
+
+def input_of(args: tuple, kwargs: dict) -> Tensor:
+    """The input of a linear layer's call, however it was passed."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+@torch.no_grad()
+def trace(model: nn.Module, targets: dict[str, Target], run: Callable[[], Any]) -> Trace:
+    """Run the model and see what the targets are given. Every hook is removed again."""
+    found = Trace()
+    seen: dict[str, list[Tensor]] = {}
+    last: dict[str, Tensor] = {}
+    returned: list[Any] = []
+
+    def before(name: str) -> Callable:
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            x = input_of(args, kwargs)
+            found.inputs[name, len(seen.setdefault(name, []))] = x.detach().clone()
+            seen[name].append(x)  # the reference keeps it alive, so that identity tells which layers share one
+
+        return hook
+
+    def after(name: str) -> Callable:
+        return lambda module, args, output: last.update({name: output})
+
+    handles = [model.register_forward_hook(lambda module, args, output: returned.append(output))]
+    try:
+        for name, target in targets.items():
+            handles.append(target.module.register_forward_pre_hook(before(name), with_kwargs=True))
+            handles.append(target.module.register_forward_hook(after(name)))
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    groups: dict[tuple[int, ...], str] = {}
+    found.owners = {name: groups.setdefault(tuple(map(id, xs)), name) for name, xs in seen.items()}
+    ends = {t.data_ptr() for output in returned for t in logits_in(output)}
+    found.outputs = tuple(name for name, y in last.items() if isinstance(y, Tensor) and y.data_ptr() in ends)
+    return found
+
+
+def logits_in(output: Any) -> list[Tensor]:
+    """What a model returns as its answer: `logits`, or all there is of a plain module's tensors."""
+    logits = output.get("logits") if hasattr(output, "get") else getattr(output, "logits", None)
+    if isinstance(logits, Tensor):
+        return [logits]
+    if isinstance(output, Tensor):
+        return [output]
+    return [t for t in output if isinstance(t, Tensor)] if type(output) in (tuple, list) else []
