@@ -12,7 +12,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 from ..report import named, table
-from .matrix import SEEDS, ablations, chosen_rate, comparison, images, language
+from .choice import SEEDS, chosen_rate
+from .matrix import ablations, comparison, images, language
 from .methods import variant
 from .store import Row
 from .tasks import LANGUAGES, LONG, TASKS, TEXT, VISION
