@@ -2,7 +2,7 @@
 
 import csv
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -58,6 +58,13 @@ def append(file: Path, rows: Sequence[Any]) -> None:
             writer.writerow({name: _shown(value) for name, value in asdict(row).items()})
         out.flush()
         os.fsync(out.fileno())
+
+
+def write(file: Path, lines: Iterable[Sequence[Any]]) -> None:
+    """A table that one run makes whole, its header the first line, in the place of the file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w", newline="", encoding="utf-8") as out:
+        csv.writer(out, lineterminator="\n").writerows(lines)
 
 
 def _key(row: Any) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from .choice import SEEDS, Entry
 from .methods import EMBEDDINGS, rates
-from .tasks import LANGUAGES, LONG, TASKS, TEXT
+from .tasks import LANGUAGES, LONG, TASKS, TEXT, VISION
 
 FIRST = SEEDS[:1]
 
@@ -20,10 +20,12 @@ def varied(base: Entry, **changes: str | float) -> Entry:
     return replace(base, grid=(), like=base.like or base, **changes)  # type: ignore[arg-type]
 
 
-def each(*methods: tuple[str, float], seeds: tuple[int, ...] = SEEDS, **changes: str | float) -> Iterator[Entry]:
-    """The methods at their budgets on every text task; with `changes`, what differs from them so and runs at their rates."""
+def each(
+    *methods: tuple[str, float], tasks: tuple[str, ...] = TEXT, seeds: tuple[int, ...] = SEEDS, **changes: str | float
+) -> Iterator[Entry]:
+    """The methods at their budgets on every task; with `changes`, what differs from them so and runs at their rates."""
     for method, budget in methods:
-        for task in TEXT:
+        for task in tasks:
             found = entry(task, method, budget, seeds)
             yield varied(found, **changes) if changes else found
 
@@ -98,22 +100,20 @@ def language() -> Iterator[Entry]:
 
 def images() -> Iterator[Entry]:
     """The small vision transformer. Rates are chosen at 80%."""
+    ours, pipeline = ("jactus", 0.8), (PIPELINES[0], 0.8)
 
     def at_length(seeds: tuple[int, ...]) -> Iterator[Entry]:
-        for method, budget in (("jactus", 0.8), ("lora", 1.0), ("full", 1.0), (PIPELINES[0], 0.8)):
-            yield entry("digits", method, budget, seeds)
+        yield from each(ours, ("lora", 1.0), ("full", 1.0), pipeline, tasks=VISION, seeds=seeds)
         for budget in (0.5, 0.35):
-            for method in ("jactus", PIPELINES[0]):
-                yield varied(entry("digits", method, 0.8, seeds), budget=budget)
+            yield from each(ours, pipeline, tasks=VISION, seeds=seeds, budget=budget)
 
     yield from at_length(FIRST)
     for budget in (0.8, 0.35):
         for method in PIPELINES[1:]:
-            yield varied(entry("digits", PIPELINES[0], 0.8, FIRST), method=method, budget=budget)
-    cersa = entry("digits", CERSA, 0.8, FIRST)
-    yield from (cersa, varied(cersa, budget=0.35))
-    for method in WHOLE[2:]:
-        yield entry("digits", method, 1.0, FIRST)
+            yield from each(pipeline, tasks=VISION, seeds=FIRST, method=method, budget=budget)
+    yield from each((CERSA, 0.8), tasks=VISION, seeds=FIRST)
+    yield from each((CERSA, 0.8), tasks=VISION, seeds=FIRST, budget=0.35)
+    yield from each(*((method, 1.0) for method in WHOLE[2:]), tasks=VISION, seeds=FIRST)
     yield from at_length(SEEDS)
 
 
