@@ -42,10 +42,9 @@ WHOLE = ("full", "lora", "dora", "pissa", "corda", "eva", "eigentune")
 def comparison() -> Iterator[Entry]:
     """JACTUS and its peers: first what the headline claims need, then the rest, the first seed of all before the others."""
     yield from each(("jactus", 0.8), ("lora", 1.0), ("full", 1.0), ("dora", 1.0), (FULL_RANK, 0.8), ("jactus", 0.5))
+    # with what full fine-tuning trains and adapters do not
     for method, budget in (("jactus", 0.8), ("lora", 1.0), (FULL_RANK, 0.8)):
-        yield from each(
-            (method, budget), method=method + EMBEDDINGS
-        )  # which full fine-tuning trains, and adapters do not
+        yield from each((method, budget), method=method + EMBEDDINGS)
     yield from each(("full", 1.0), method="full[linears]")  # where its lead is from: what else it trains, or the rank
     yield from each(*((method, 0.35) for method in ("jactus", *PIPELINES[:2])))
     yield from each(("jactus", 0.35), method=f"jactus[{WIDER_WITHOUT_UNION}]")
