@@ -1,8 +1,9 @@
-"""A demo's rows as a table and as JSON, with what a reader needs to repeat them."""
+"""Tables in Markdown, a demo's rows in them and as JSON, and what a reader needs to repeat a measurement."""
 
 import json
 import os
 import platform
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -60,12 +61,8 @@ def _version(name: str) -> str:
 
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
-    names = (
-        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        if (info.exists())
-        else []
-    )
-    return names[0] if names else platform.processor() or platform.machine()
+    found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
+    return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -86,17 +83,8 @@ def methods_table(rows: Sequence[Row], score: str, form: str) -> str:
     def shown(value: float | None) -> str:
         return "–" if value is None else format(value, form)
 
-    header = (
-        "method",
-        f"{score}, untrained",
-        "trained",
-        "stored",
-        "folded",
-        "trainable",
-        "optimizer",
-        "training",
-        "lr",
-    )
+    sizes = ("stored", "folded", "trainable", "optimizer")
+    header = ("method", f"{score}, untrained", "trained", *sizes, "training", "lr")
     cells = [
         (
             row.method,

@@ -1,43 +1,40 @@
 """Measure the matrix, or show what was measured.
 
 `python -m bench.accuracy run` goes on where the last run stopped, most decisive cells first, until all are done or it is
-stopped; `table` and `plot` read the rows and never run anything. Each cell is a process of its own.
+stopped; `list` names the cells it would begin with; `table` and `plot` read the rows and never run anything.
 """
 
 import argparse
 import re
 import sys
 import time
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import replace
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 
 from .. import rows as files
+from .. import runner
 from .cell import measure
+from .choice import Entry, lacks_untrained, wanted
 from .figures import plot, tables
-from .matrix import STAGES, Entry, lacks_untrained, wanted
+from .matrix import STAGES
 from .store import Cell, Row
 
 RESULTS = Path("bench/results/accuracy.csv")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("do", choices=("run", "list", "table", "plot"))
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser = runner.parser(__doc__, ("run", "list", "table", "plot"), RESULTS, Path("docs/pictures/accuracy.png"))
     parser.add_argument(
         "--stage", choices=STAGES, action="append", help="only this part of the matrix; may be repeated"
     )
     parser.add_argument("--only", default="", help="regular expression; only cells 'task method budget' that it finds")
     parser.add_argument("--workers", type=int, default=1, help="cells measured at a time")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of each")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--float32", action="store_true", help="train without bfloat16 autocast")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no cell after so long")
-    parser.add_argument("--out", type=Path, default=Path("docs/pictures/accuracy.png"), help="of plot")
     args = parser.parse_args()
     if args.do == "run" and args.device != "cpu" and args.results == RESULTS:
         parser.error(f"--device {args.device}: name a --results file of its own; {RESULTS} is the CPU's")
@@ -58,8 +55,6 @@ def run(entries: list[Entry], args: argparse.Namespace) -> None:
     autocast = None if args.float32 else torch.bfloat16
     started, failed = time.monotonic(), set()
     running: dict[Future, Cell] = {}
-    context = get_context("forkserver")  # forks of a clean process: imports are shared, thread pools are not
-    context.set_forkserver_preload(["bench.accuracy.cell"])
     while True:
         rows = files.read(Row, args.results)
         cells = [c for c in wanted(entries, rows) if c not in failed and c not in running.values()]
@@ -68,9 +63,7 @@ def run(entries: list[Entry], args: argparse.Namespace) -> None:
             cell = cells.pop(0)
             same_but_rate = any(replace(other, lr=cell.lr) == cell for other in running.values())
             untrained = lacks_untrained(cell, rows) and not same_but_rate
-            pool = ProcessPoolExecutor(1, context)  # of its own: a cell that is killed takes no other with it
-            running[pool.submit(measure, cell, args.threads, autocast, untrained, args.device)] = cell
-            pool.shutdown(wait=False)
+            running[runner.alone(measure, cell, args.threads, autocast, untrained, args.device)] = cell
         if not running:
             break
         for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -79,18 +72,9 @@ def run(entries: list[Entry], args: argparse.Namespace) -> None:
                 failed.add(cell)
                 print(f"FAILED {cell}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
                 continue
-            files.append(args.results, future.result())
-            for row in future.result():
-                print(f"{(time.monotonic() - started) / 60:6.1f} min  {_line(row)}", flush=True)
+            runner.keep(args.results, future.result(), started)
     if failed:
         raise SystemExit(f"{len(failed)} cells failed; run again to retry them")
-
-
-def _line(row: Row) -> str:
-    rate = "" if row.lr is None else f" lr {row.lr:g}"
-    seconds = "" if row.train_seconds is None else f", {row.train_seconds:.0f} s"
-    which = f"{row.task} {row.method} {row.budget:.0%} seed {row.seed}{rate} {row.phase}"
-    return f"{which}: {row.value:.4f} (validation {row.validation:.4f}){seconds}"
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 from ..report import named, table
-from .matrix import SEEDS, ablations, chosen_rate, comparison, images, language
+from .choice import SEEDS, chosen_rate
+from .matrix import ablations, comparison, images, language
 from .methods import variant
 from .store import Row
 from .tasks import LANGUAGES, LONG, TASKS, TEXT, VISION
@@ -107,18 +108,7 @@ def _accuracy_table(found: list[Summary], tasks: Sequence[str]) -> str:
         before = f"{100 * statistics.fmean(untrained):.1f}" if len(untrained) == len(tasks) else "–"
         scores = [_spread(s.trained.get(task, {}), 100) for task in tasks]
         lines.append((s.name, *scores, _spread(mean, 100), against, before, *_sizes(s.sizes)))
-    header = (
-        "method",
-        *tasks,
-        "mean",
-        "− LoRA, paired",
-        "untrained",
-        "deployed",
-        "in training",
-        "trainable",
-        "optimizer",
-    )
-    return table(header, lines)
+    return table(("method", *tasks, "mean", "− LoRA, paired", "untrained", *SIZES), lines)
 
 
 def _lead_table(found: list[Summary], tasks: Sequence[str]) -> str:
@@ -139,7 +129,7 @@ def _language_table(found: list[Summary], tasks: Sequence[str]) -> str:
     for s in sorted(found, key=lambda s: -s.budget):
         cells = [f"{_spread(s.untrained[t])} → {_spread(s.trained.get(t, {}))}" for t in tasks]
         lines.append((s.name, *cells, *_sizes(s.sizes)))
-    return table(("method", *tasks, "deployed", "in training", "trainable", "optimizer"), lines)
+    return table(("method", *tasks, *SIZES), lines)
 
 
 def _ablation_table(found: list[Summary], on_validation: list[Summary], tasks: Sequence[str]) -> str:
@@ -179,6 +169,9 @@ def _score(row: Row) -> str:
     if row.loss is None or row.validation is None:
         return "diverged"
     return f"{TASKS[row.task].unit * row.validation:.1f}"
+
+
+SIZES = ("deployed", "in training", "trainable", "optimizer")
 
 
 def _sizes(row: Row) -> tuple[str, ...]:

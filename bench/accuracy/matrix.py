@@ -1,27 +1,13 @@
-"""Which cells there are, in the order in which they decide something; and which to measure next."""
+"""Which cells there are, in the order in which they decide something. Each row that is shown is of one of them."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from .methods import EMBEDDINGS, is_compressed, rates
-from .store import Cell, Row
-from .tasks import LANGUAGES, LONG, TASKS, TEXT
+from .choice import SEEDS, Entry
+from .methods import EMBEDDINGS, rates
+from .tasks import LANGUAGES, LONG, TASKS, TEXT, VISION
 
-SEEDS = (0, 1, 2)
 FIRST = SEEDS[:1]
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A method at a budget on a task: its learning rates are tried with the first seed, the best goes on to the others.
-    Without a grid it runs at the rate chosen for `like`."""
-
-    task: str
-    method: str
-    budget: float
-    grid: tuple[float, ...]
-    seeds: tuple[int, ...] = SEEDS
-    like: "Entry | None" = None
 
 
 def entry(task: str, method: str, budget: float, seeds: tuple[int, ...] = SEEDS) -> Entry:
@@ -32,6 +18,16 @@ def entry(task: str, method: str, budget: float, seeds: tuple[int, ...] = SEEDS)
 def varied(base: Entry, **changes: str | float) -> Entry:
     """`base` with another task, method or budget, at the learning rate chosen for `base`."""
     return replace(base, grid=(), like=base.like or base, **changes)  # type: ignore[arg-type]
+
+
+def each(
+    *methods: tuple[str, float], tasks: tuple[str, ...] = TEXT, seeds: tuple[int, ...] = SEEDS, **changes: str | float
+) -> Iterator[Entry]:
+    """The methods at their budgets on every task; with `changes`, what differs from them so and runs at their rates."""
+    for method, budget in methods:
+        for task in tasks:
+            found = entry(task, method, budget, seeds)
+            yield varied(found, **changes) if changes else found
 
 
 PIPELINES = ("svd-llm+lora", "svd+lora", "asvd+lora", "fwsvd+lora")  # the strongest first
@@ -45,46 +41,23 @@ WHOLE = ("full", "lora", "dora", "pissa", "corda", "eva", "eigentune")
 
 def comparison() -> Iterator[Entry]:
     """JACTUS and its peers: first what the headline claims need, then the rest, the first seed of all before the others."""
-    for method, budget in (
-        ("jactus", 0.8),
-        ("lora", 1.0),
-        ("full", 1.0),
-        ("dora", 1.0),
-        (FULL_RANK, 0.8),
-        ("jactus", 0.5),
-    ):
-        for task in TEXT:
-            yield entry(task, method, budget)
+    yield from each(("jactus", 0.8), ("lora", 1.0), ("full", 1.0), ("dora", 1.0), (FULL_RANK, 0.8), ("jactus", 0.5))
     # with what full fine-tuning trains and adapters do not
     for method, budget in (("jactus", 0.8), ("lora", 1.0), (FULL_RANK, 0.8)):
-        for task in TEXT:
-            yield varied(entry(task, method, budget), method=method + EMBEDDINGS)
-    for task in TEXT:  # where full fine-tuning's lead is from: what else it trains, or the rank
-        yield varied(entry(task, "full", 1.0), method="full[linears]")
-    for method in ("jactus", *PIPELINES[:2]):
-        for task in TEXT:
-            yield entry(task, method, 0.35)
-    for task in TEXT:
-        yield varied(entry(task, "jactus", 0.35), method=f"jactus[{WIDER_WITHOUT_UNION}]")
+        yield from each((method, budget), method=method + EMBEDDINGS)
+    yield from each(("full", 1.0), method="full[linears]")  # where its lead is from: what else it trains, or the rank
+    yield from each(*((method, 0.35) for method in ("jactus", *PIPELINES[:2])))
+    yield from each(("jactus", 0.35), method=f"jactus[{WIDER_WITHOUT_UNION}]")
+    others = *((method, 0.35) for method in (*PIPELINES[2:], CERSA)), *((method, 1.0) for method in WHOLE[3:])
     for seeds in (FIRST, SEEDS):
-        for method, budget in (
-            *((method, 0.35) for method in (*PIPELINES[2:], CERSA)),
-            *((method, 1.0) for method in WHOLE[3:]),
-        ):
-            for task in TEXT:
-                yield entry(task, method, budget, seeds)
+        yield from each(*others, seeds=seeds)
     # What no claim rests on: one seed, at the rate chosen for the method's other budget.
     for budget in (0.8, 0.5):
-        for method in PIPELINES:
-            for task in TEXT:
-                yield varied(entry(task, method, 0.35, FIRST), budget=budget)
-        for task in TEXT:
-            yield entry(task, CERSA, budget, FIRST)  # at 80% the rate of 35% fails on sarcasm
+        yield from each(*((method, 0.35) for method in PIPELINES), seeds=FIRST, budget=budget)
+        yield from each((CERSA, budget), seeds=FIRST)  # at 80% the rate of 35% fails on sarcasm
     for budget in (1.0, 0.5):
-        for task in TEXT:
-            yield varied(entry(task, FULL_RANK, 0.8, FIRST), budget=budget)
-    for task in TEXT:
-        yield entry(task, WIDER, 0.35)
+        yield from each((FULL_RANK, 0.8), seeds=FIRST, budget=budget)
+    yield from each((WIDER, 0.35))
 
 
 # In language models the union has no share unless asked for.
@@ -126,22 +99,20 @@ def language() -> Iterator[Entry]:
 
 def images() -> Iterator[Entry]:
     """The small vision transformer. Rates are chosen at 80%."""
+    ours, pipeline = ("jactus", 0.8), (PIPELINES[0], 0.8)
 
     def at_length(seeds: tuple[int, ...]) -> Iterator[Entry]:
-        for method, budget in (("jactus", 0.8), ("lora", 1.0), ("full", 1.0), (PIPELINES[0], 0.8)):
-            yield entry("digits", method, budget, seeds)
+        yield from each(ours, ("lora", 1.0), ("full", 1.0), pipeline, tasks=VISION, seeds=seeds)
         for budget in (0.5, 0.35):
-            for method in ("jactus", PIPELINES[0]):
-                yield varied(entry("digits", method, 0.8, seeds), budget=budget)
+            yield from each(ours, pipeline, tasks=VISION, seeds=seeds, budget=budget)
 
     yield from at_length(FIRST)
     for budget in (0.8, 0.35):
         for method in PIPELINES[1:]:
-            yield varied(entry("digits", PIPELINES[0], 0.8, FIRST), method=method, budget=budget)
-    cersa = entry("digits", CERSA, 0.8, FIRST)
-    yield from (cersa, varied(cersa, budget=0.35))
-    for method in WHOLE[2:]:
-        yield entry("digits", method, 1.0, FIRST)
+            yield from each(pipeline, tasks=VISION, seeds=FIRST, method=method, budget=budget)
+    yield from each((CERSA, 0.8), tasks=VISION, seeds=FIRST)
+    yield from each((CERSA, 0.8), tasks=VISION, seeds=FIRST, budget=0.35)
+    yield from each(*((method, 1.0) for method in WHOLE[2:]), tasks=VISION, seeds=FIRST)
     yield from at_length(SEEDS)
 
 
@@ -211,49 +182,3 @@ def ablations() -> Iterator[Entry]:
 
 
 STAGES = {"comparison": comparison, "ablations": ablations, "language": language, "images": images}
-
-
-def tried_rates(entry: Entry, rows: list[Row]) -> dict[float, Row]:
-    """The trained rows of the entry's first seed by learning rate."""
-    mine = (entry.task, entry.method, entry.budget, entry.seeds[0], "trained")
-    return {r.lr: r for r in rows if (r.task, r.method, r.budget, r.seed, r.phase) == mine and r.lr is not None}
-
-
-def chosen_rate(entry: Entry, rows: list[Row]) -> float | None:
-    """The learning rate that is best on validation rows with the first seed; None while some of the grid are still to be
-    tried. Rates beyond the grid count where they were tried."""
-    if entry.like:
-        return chosen_rate(entry.like, rows)
-    tried = tried_rates(entry, rows)
-    if any(lr not in tried for lr in entry.grid):
-        return None
-    merit = TASKS[entry.task].merit
-    # Of equal ones the grid's, and of those the lowest. A run that diverged has no loss: whatever its score, not the best.
-    ordered = sorted(tried, key=lambda lr: (lr not in entry.grid, lr))
-    return max(ordered, key=lambda lr: (tried[lr].loss is not None, merit(tried[lr].validation)))
-
-
-def wanted(entries: list[Entry], rows: list[Row]) -> list[Cell]:
-    """The cells not measured yet, most decisive first; those that wait for a learning rate are not among them.
-
-    A grid whose end was the best is widened there, by factors of two, until the best lies inside; for all methods alike.
-    """
-    done = {row.cell for row in rows if row.phase == "trained"}
-    cells: list[Cell] = []
-    for e in entries:
-        grid, lr = e.grid, chosen_rate(e, rows)
-        if e.like:
-            grid = () if lr is None else (lr,)
-        elif lr is not None:
-            grid = (*grid, lr / 2, 2 * lr)  # the neighbours of the best: of a grid's inner rate they are in it
-        first = [Cell(e.task, e.method, e.budget, e.seeds[0], rate) for rate in grid]
-        cells += first
-        if lr is not None and done.issuperset(first):
-            cells += [Cell(e.task, e.method, e.budget, seed, lr) for seed in e.seeds[1:]]
-    return [cell for cell in dict.fromkeys(cells) if cell not in done]
-
-
-def lacks_untrained(cell: Cell, rows: list[Row]) -> bool:
-    """Whether a compressed model's score before training is still to be measured: learning rates do not change it."""
-    place = (cell.task, cell.method, cell.budget, cell.seed, "untrained")
-    return is_compressed(cell.method) and place not in {(r.task, r.method, r.budget, r.seed, r.phase) for r in rows}

@@ -14,7 +14,8 @@ import jactus
 
 from .. import rows as files
 from ..report import named, table, versions
-from .matrix import FULL_RANK, FULL_UNITED, SEEDS, STAGES, UNITED, Entry, chosen_rate, entry, tried_rates
+from .choice import SEEDS, Entry, chosen_rate, tried_rates
+from .matrix import FULL_RANK, FULL_UNITED, STAGES, UNITED, entry
 from .methods import variant
 from .store import Row
 from .tasks import TASKS, calibrated, prepared

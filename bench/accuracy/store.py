@@ -1,6 +1,7 @@
-"""The rows of accuracy.csv: one per cell and phase, appended as cells end, so that a killed run loses none."""
+"""The rows of accuracy.csv: one per cell and phase."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,8 @@ class Cell:
 @dataclass(frozen=True)
 class Row:
     """One measurement. Parameters are the whole model's; `validation` is what the learning rate was chosen by."""
+
+    KEY: ClassVar = ("task", "method", "budget", "seed", "phase", "lr")
 
     task: str
     method: str
@@ -39,3 +42,10 @@ class Row:
     @property
     def cell(self) -> Cell:
         return Cell(self.task, self.method, self.budget, self.seed, self.lr or 0.0)
+
+    def __str__(self) -> str:
+        """In a line, for who waits."""
+        rate = "" if self.lr is None else f" lr {self.lr:g}"
+        seconds = "" if self.train_seconds is None else f", {self.train_seconds:.0f} s"
+        which = f"{self.task} {self.method} {self.budget:.0%} seed {self.seed}{rate} {self.phase}"
+        return f"{which}: {self.value:.4f} (validation {self.validation:.4f}){seconds}"

@@ -1,10 +1,9 @@
 """Measure what JACTUS costs, or show it: `python -m bench.cost run|table|plot`.
 
-`run` measures each part anew, after a check of its results, and puts its rows in the place of older ones; nothing else should
+`run` measures each part anew, after a check of its results, and puts each row in the place of an older one; nothing else should
 run on the machine meanwhile. `table` and `plot` read the rows and never run anything.
 """
 
-import argparse
 import functools
 import logging
 import time
@@ -13,19 +12,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .. import rows as files
-from . import calibration, figures, growth, inference, planning, steps, subjects
-from . import files as disk
-from .store import Growth, Memory, Row, Setting, described
+from .. import rows, runner
+from . import calibration, figures, files, growth, inference, planning, steps, subjects
+from .store import Growth, Memory, Row, Setting
 
 RESULTS = Path("bench/results")
-FILES: dict[type, str] = {Row: "cost.csv", Memory: "cost-memory.csv", Growth: "cost-growth.csv"}
+KINDS = (Row, Memory, Growth)
 
 
-def parts(
-    device: str = "cpu", models: Sequence[str] = subjects.MODELS
-) -> dict[str, tuple[type, Callable[[], Iterable[Any]]]]:
-    """What there is to measure, by name: the kind of row, and what yields them. On a GPU, what has a device."""
+def parts(device: str = "cpu", models: Sequence[str] = subjects.MODELS) -> dict[str, Callable[[], Iterable[Any]]]:
+    """What there is to measure, by name: what yields the rows. On a GPU, what has a device."""
 
     def on(
         measure: Callable[[tuple[Setting, ...]], Iterator[Any]],
@@ -36,29 +32,28 @@ def parts(
         return functools.partial(measure, tuple(dict.fromkeys(chosen)))
 
     placed = {
-        "training": (Row, on(steps.training, steps.SETTINGS)),
-        "prefill": (Row, on(inference.prefill, inference.PREFILL)),
-        "decode": (Row, on(inference.decode, inference.DECODE, inference.DECODE_ON_GPU)),
-        "decode-timed": (Row, on(inference.decode_timed, inference.TIMED, inference.TIMED_ON_GPU)),
-        "memory": (Memory, on(steps.memory_rows, steps.MEMORY_SETTINGS)),
-        "calibration": (Row, on(calibration.calibration, calibration.SETTINGS, calibration.ON_GPU)),
+        "training": on(steps.training, steps.SETTINGS),
+        "prefill": on(inference.prefill, inference.PREFILL),
+        "decode": on(inference.decode, inference.DECODE, inference.DECODE_ON_GPU),
+        "decode-timed": on(inference.decode_timed, inference.TIMED, inference.TIMED_ON_GPU),
+        "memory": on(steps.memory_rows, steps.MEMORY_SETTINGS),
+        "calibration": on(calibration.calibration, calibration.SETTINGS, calibration.ON_GPU),
     }
     if device != "cpu":
         return placed
     return placed | {
-        "updates": (Row, calibration.updates),
-        "planning": (Row, planning.planning),
-        "reallocation": (Row, planning.reallocation),
-        "imports": (Row, disk.imports),
-        "files": (Row, disk.files),
-        "growth": (Growth, growth.growth),
-        "planning-7b": (Row, planning.planning_7b),
+        "updates": calibration.updates,
+        "planning": planning.planning,
+        "reallocation": planning.reallocation,
+        "imports": files.imports,
+        "files": files.files,
+        "growth": growth.growth,
+        "planning-7b": planning.planning_7b,
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("do", choices=("run", "table", "plot"))
+    parser = runner.parser(__doc__, ("run", "table", "plot"), RESULTS, Path("docs/pictures/cost.png"))
     parser.add_argument("--part", choices=parts(), action="append", help="only this part; may be repeated")
     parser.add_argument(
         "--model",
@@ -66,9 +61,6 @@ def main() -> None:
         action="append",
         help="of a training, prefill, decode, memory or calibration part",
     )
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of the CSV files")
-    parser.add_argument("--out", type=Path, default=Path("docs/pictures/cost.png"), help="of plot")
     args = parser.parse_args()
     if args.do == "run":
         logging.getLogger("jactus").setLevel(logging.ERROR)  # a few batches are enough to take the time
@@ -76,34 +68,22 @@ def main() -> None:
             parser.error(f"on {args.device} there is no {', '.join(sorted(unknown))}")
         for name in args.part or parts(args.device):
             run(name, args.results, args.device, args.model or subjects.MODELS)
+        return
+    compared, memory, grown = (rows.read(kind, args.results / kind.FILE) for kind in KINDS)
+    if args.do == "table":
+        print(figures.tables(compared, memory, grown))
     else:
-        rows, memory, grown = (files.read(kind, args.results / file) for kind, file in FILES.items())
-        if args.do == "table":
-            print(figures.tables(rows, memory, grown))
-        else:
-            figures.plot(rows, args.out)
+        figures.plot(compared, args.out)
 
 
 def run(name: str, folder: Path, device: str, models: Sequence[str] = subjects.MODELS) -> None:
-    """Measure a part and write its rows in the place of those it gave of these models on this device before."""
-    kind, measure = parts(device, models)[name]
-    started = time.monotonic()
-    found = []
-    for row in measure():
+    """Measure a part of these models on this device; each row is kept as soon as it is there."""
+    started, found = time.monotonic(), []
+    for row in parts(device, models)[name]():
+        runner.keep(folder / row.FILE, [row], started)
         found.append(row)
-        print(f"{(time.monotonic() - started) / 60:6.1f} min  {described(row)}", flush=True)
-    if not found:
-        print(f"{name}: nothing to measure with {', '.join(models)} on {device}")
-        return
-    measured = {_subject(row) for row in found}
-    kept = [row for row in files.read(kind, folder / FILES[kind]) if _subject(row) not in measured]
-    files.replace(folder / FILES[kind], kept, found)
-    print(f"{name}: {len(found)} rows in {time.monotonic() - started:.0f} s", flush=True)
-
-
-def _subject(row: Row | Memory | Growth) -> tuple[str | None, ...]:
-    """What a new row replaces an older one for."""
-    return tuple(getattr(row, name, None) for name in ("measure", "model", "variable", "device"))
+    nothing = "" if found else f", since nothing of it is measured with {', '.join(models)} on {device}"
+    print(f"{name}: {len(found)} rows in {time.monotonic() - started:.0f} s{nothing}", flush=True)
 
 
 if __name__ == "__main__":

@@ -73,20 +73,8 @@ def _comparison(rows: Sequence[Row]) -> str:
                 "–" if aim is None else f"≤ {aim:.2f} {'met' if row.ratio <= aim else 'missed'}", "–" if row.error is None else f"{row.error:.0e}",
             )
         )  # fmt: skip
-    header = (
-        "model",
-        "dtype",
-        "threads",
-        "batch",
-        "budget",
-        "against",
-        "ratio",
-        "floor",
-        "ratio / floor",
-        "target",
-        "error",
-    )
-    return table(header, lines)
+    of = ("model", "dtype", "threads", "batch", "budget", "against")
+    return table((*of, "ratio", "floor", "ratio / floor", "target", "error"), lines)
 
 
 def _memory(rows: Sequence[Memory]) -> str:

@@ -1,8 +1,5 @@
 """A training step, and the memory it takes: JACTUS against PEFT's LoRA and DoRA, and full fine-tuning."""
 
-import json
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -10,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import memory
+from .. import memory, runner
 from ..report import versions
 from . import checks, flops, subjects
 from .race import race, ratio
@@ -78,9 +75,7 @@ def memory_rows(settings: tuple[Setting, ...] = MEMORY_SETTINGS) -> Iterator[Mem
     """Each method in a process of its own, which is the only way to know its peak."""
     for at in settings:
         for method, budget in (*(("jactus", b) for b in BUDGETS), *((peer, 1.0) for peer in PEERS)):
-            command = [sys.executable, "-m", "bench.cost.steps", json.dumps([vars(at), method, budget])]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            yield Memory(**json.loads(done.stdout.splitlines()[-1]))
+            yield runner.alone(measure_memory, at, method, budget).result()
 
 
 def measure_memory(at: Setting, method: str, budget: float) -> Memory:
@@ -125,8 +120,3 @@ def saved_bytes(model: nn.Module, batch: dict[str, Tensor], at: Setting) -> int:
         total = sum(kept.values())  # while the graph lives, no storage is counted twice under one address
     del loss
     return total
-
-
-if __name__ == "__main__":
-    setting, method, budget = json.loads(sys.argv[1])
-    print(json.dumps(vars(measure_memory(Setting(**setting), method, budget))))

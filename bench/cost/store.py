@@ -1,6 +1,7 @@
 """The rows of cost.csv and its two companions."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -28,6 +29,9 @@ class Row:
     """One comparison. ratio: ours / theirs, in time or bytes: under 1 is better. floor: the same of the counted work, where
     there is a count. error: of the check of the result, relative; None where the result was not compared."""
 
+    FILE: ClassVar = "cost.csv"
+    KEY: ClassVar = ("measure", "model", "dtype", "threads", "batch", "length", "budget", "against", "device")
+
     measure: str
     model: str
     dtype: str
@@ -43,10 +47,19 @@ class Row:
     device: str
     versions: str
 
+    def __str__(self) -> str:
+        """In a line, for who waits."""
+        setting = f"{self.model} {self.dtype} {self.threads} threads {self.batch}×{self.length}"
+        found = f"{self.ratio:.2f} ± {self.spread:.2f}" + ("" if self.floor is None else f", floor {self.floor:.2f}")
+        return f"{self.measure}, {setting}, {self.budget:.0%} / {self.against}: {found}"
+
 
 @dataclass(frozen=True)
 class Memory:
     """Bytes of one training step by category. peak: what the process grew by, weights included."""
+
+    FILE: ClassVar = "cost-memory.csv"
+    KEY: ClassVar = ("model", "dtype", "batch", "length", "method", "budget", "device")
 
     model: str
     dtype: str
@@ -62,10 +75,17 @@ class Memory:
     device: str
     versions: str
 
+    def __str__(self) -> str:
+        """In a line, for who waits."""
+        return f"{self.model}, {self.method} {self.budget:.0%}: {(self.peak or 0) / 1e6:.0f} MB"
+
 
 @dataclass(frozen=True)
 class Growth:
     """Seconds at each size of one variable, and the exponent fitted to them; the one predicted is of the counted work."""
+
+    FILE: ClassVar = "cost-growth.csv"
+    KEY: ClassVar = ("measure", "variable", "device")
 
     measure: str
     variable: str
@@ -75,6 +95,10 @@ class Growth:
     predicted: float
     device: str
     versions: str
+
+    def __str__(self) -> str:
+        """In a line, for who waits."""
+        return f"{self.measure} in {self.variable}: exponent {self.exponent:.2f}"
 
 
 def compared(
@@ -92,14 +116,3 @@ def compared(
         measure, at.model, at.dtype, at.threads, at.rows, at.length, budget, against,
         found.median, found.spread, floor, error, at.device, versions,
     )  # fmt: skip
-
-
-def described(row: Row | Memory | Growth) -> str:
-    """A row in a line, for who waits."""
-    if isinstance(row, Memory):
-        return f"{row.model}, {row.method} {row.budget:.0%}: {(row.peak or 0) / 1e6:.0f} MB"
-    if isinstance(row, Growth):
-        return f"{row.measure} in {row.variable}: exponent {row.exponent:.2f}"
-    setting = f"{row.model} {row.dtype} {row.threads} threads {row.batch}×{row.length}"
-    floor = "" if row.floor is None else f", floor {row.floor:.2f}"
-    return f"{row.measure}, {setting}, {row.budget:.0%} / {row.against}: {row.ratio:.2f} ± {row.spread:.2f}{floor}"

@@ -5,7 +5,6 @@ Writes `bench/results/kernels-<device>.csv` (TFLOP/s, GB/s, share of the rooflin
 """
 
 import argparse
-import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ from jactus_kernels.launches import Launch, Shape, torch_launches
 from jactus_kernels.policy import COLUMNS as POLICY_COLUMNS
 from jactus_kernels.policy import MEASURED, slug
 from jactus_kernels.roofline import find_gpu, floor
+
+from ..rows import write
 
 COLUMNS = ("device", "torch", "op", "model", "T", "m", "n", "r", "dtype", "mode", "provider", "us", "tflops", "gb_s",
            "of_roofline", "error")  # fmt: skip
@@ -95,11 +96,8 @@ def main() -> None:
     if device == "CPU":
         print("a CPU run: nothing written")
         return
-    with Path(f"bench/results/kernels-{slug(device)}.csv").open("w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([COLUMNS, *made])
-    MEASURED.mkdir(exist_ok=True)
-    with (MEASURED / f"{slug(device)}.csv").open("w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([POLICY_COLUMNS, *policy_rows(rows)])
+    write(Path(f"bench/results/kernels-{slug(device)}.csv"), [COLUMNS, *made])
+    write(MEASURED / f"{slug(device)}.csv", [POLICY_COLUMNS, *policy_rows(rows)])
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ measurements, `jactus_kernels.explain` says.
 """
 
 import argparse
-import csv
 import os
 from pathlib import Path
 
@@ -18,23 +17,11 @@ from jactus_kernels.launches import FULL, Launch
 from jactus_kernels.policy import OPERATORS
 from jactus_kernels.roofline import GPUS, find_gpu, predict
 
+from ..rows import write
 from .cases import MODELS, RETAINED, TOKENS, rank
 
-COLUMNS = (
-    "gpu",
-    "model",
-    "op",
-    "T",
-    "m",
-    "n",
-    "r",
-    "floor_us",
-    "triton_us",
-    "torch_us",
-    "dense_us",
-    "picks",
-    "launches",
-)
+COLUMNS = ("gpu", "model", "op", "T", "m", "n", "r", "floor_us", "triton_us", "torch_us", "dense_us", "picks",
+           "launches")  # fmt: skip
 
 
 def rows(gpu_name: str, dtype: torch.dtype):
@@ -75,9 +62,7 @@ def main() -> None:
     for row in [COLUMNS, *table]:
         print("  ".join(str(value).rjust(width) for value, width in zip(row, widths)).rstrip())
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        with args.out.open("w", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows([COLUMNS, *table])
+        write(args.out, [COLUMNS, *table])
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ claims. Nothing is run, and no time but the compiler's own is measured.
 """
 
 import argparse
-import csv
 import os
 import sys
 import time
@@ -20,6 +19,7 @@ import triton
 
 from jactus_kernels.tiles import SHARED_LIMIT
 
+from ..rows import write
 from .compiled import Facts, Variant, compile_variant, facts
 from .shipped import DTYPES, FAMILIES, variants
 
@@ -83,12 +83,7 @@ def main() -> int:
     failed = sum(row[-1] != "ok" for row in rows)
     print(f"{len(rows)} configurations in {time.time() - begun:.0f} s, {failed} refused")
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        with args.out.open("w", newline="") as file:
-            write = csv.writer(file, lineterminator="\n").writerow
-            write(("triton", *COLUMNS))
-            for row in rows:
-                write((triton.__version__, *row))
+        write(args.out, [("triton", *COLUMNS), *((triton.__version__, *row) for row in rows)])
     return 1 if failed else 0
 
 

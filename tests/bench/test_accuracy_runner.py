@@ -8,8 +8,8 @@ from transformers import BertConfig
 
 import jactus
 from bench import rows as files
-from bench.accuracy import cell, figures, grouped, matrix, methods, tasks
-from bench.accuracy.matrix import Entry, chosen_rate, wanted
+from bench.accuracy import cell, figures, matrix, methods, tasks
+from bench.accuracy.choice import Entry, chosen_rate, wanted
 from bench.accuracy.store import Cell, Row
 from bench.models import MeanPooledClassifier
 from bench.training import Encoded
@@ -26,12 +26,27 @@ def row(method="lora", seed=0, lr=1e-3, value=0.5, validation=0.5, phase="traine
 
 
 def test_rows_come_back_as_they_were_written(tmp_path):
-    rows = [row(peak_bytes=3, train_seconds=1.5), row(phase="untrained", lr=None), row(value=0.123456)]
+    rows = [row(peak_bytes=3, train_seconds=1.5), row(phase="untrained", lr=None), row(seed=1, value=0.123456)]
     file = tmp_path / "results" / "a.csv"
     for r in rows:
-        files.append(file, [r])
+        files.keep(file, [r])
     assert files.read(Row, file) == rows
     assert files.read(Row, tmp_path / "none.csv") == []
+
+
+def test_a_row_measured_again_takes_the_place_of_the_older_one(tmp_path):
+    file = tmp_path / "a.csv"
+    rows = [row(lr=1e-3 / 3), row(seed=1), row(phase="untrained", lr=None)]
+    files.keep(file, rows)
+    before = file.read_text().splitlines()
+    files.keep(file, [row(value=0.7, lr=1e-3 / 3), row(seed=2)])  # six digits of the rate were written
+    after = file.read_text().splitlines()
+    assert after[1] != before[1]
+    assert after[2:4] == before[2:4]
+    assert [(r.seed, r.value) for r in files.read(Row, file)] == [(0, 0.7), (1, 0.5), (0, 0.5), (2, 0.5)]
+    again = file.read_text()
+    files.keep(file, files.read(Row, file)[:1])
+    assert file.read_text() == again
 
 
 def test_a_file_with_other_columns_is_refused(tmp_path):
@@ -238,12 +253,3 @@ def test_cores_can_be_made_as_many_as_uniform_ranks_have(tiny):
     found = methods.with_as_many_cores(plan, wanted)
     assert found.core_parameters <= wanted < plan.at(found.config.budget.fraction + 0.05).core_parameters
     assert found.config.allocation.method == "global"
-
-
-def test_stacked_layers_are_preserved_best_when_they_read_the_same_directions():
-    torch.manual_seed(0)
-    shared = torch.randn(32, 128, dtype=torch.float64)
-    alike = [torch.randn(128, 32, dtype=torch.float64) @ shared for _ in range(2)]
-    assert grouped.rises([torch.cat(alike)], [0.4])[0] < 1e-9 * grouped.rises(alike, [0.4])[0]
-    apart = [torch.randn(128, 128, dtype=torch.float64) for _ in range(2)]
-    assert grouped.rises([torch.cat(apart)], [0.5])[0] > grouped.rises(apart, [0.5])[0] > 0

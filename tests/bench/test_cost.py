@@ -10,7 +10,7 @@ import jactus
 from bench import rows as files
 from bench.cost import calibration, checks, figures, flops, growth, inference, planning, race, steps, store, subjects
 from bench.cost import files as disk
-from bench.cost.__main__ import FILES, main, parts, run
+from bench.cost.__main__ import main, parts, run
 from jactus.planning.latency import Times
 from jactus_kernels import JactusError
 
@@ -212,19 +212,32 @@ def test_the_tables_name_floor_target_and_miss():
 
 def test_a_part_measured_again_replaces_its_rows_and_no_others(monkeypatch, tmp_path):
     old, _, _ = rows_of_every_kind()
+    again = dataclasses.replace(old[0], ratio=0.6, error=None)
     other = store.compared("prefill", AT, 0.8, "dense", race.Ratio(0.9, 0.0), 0.7, 1e-7, "torch 2")
     on_gpu = store.Row(**{**vars(old[0]), "device": "cuda"})
-    files.append(tmp_path / "cost.csv", [*old, other, on_gpu])
     another = store.Row(**{**vars(old[0]), "model": "vit-b"})
-    files.append(tmp_path / "cost.csv", [another])
-    monkeypatch.setattr("bench.cost.__main__.parts", lambda device, models: {"training": (store.Row, lambda: old[:1])})
+    files.keep(tmp_path / "cost.csv", [*old, other, on_gpu, another])
+    monkeypatch.setattr("bench.cost.__main__.parts", lambda device, models: {"training": lambda: [again]})
     run("training", tmp_path, "cpu")
-    assert files.read(store.Row, tmp_path / "cost.csv") == [other, on_gpu, another, old[0]]
+    assert files.read(store.Row, tmp_path / "cost.csv") == [again, old[1], other, on_gpu, another]
+
+
+def test_a_part_that_is_cut_short_keeps_the_rows_it_had(monkeypatch, tmp_path):
+    old, _, _ = rows_of_every_kind()
+
+    def cut():
+        yield old[0]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bench.cost.__main__.parts", lambda device, models: {"training": cut})
+    with pytest.raises(KeyboardInterrupt):
+        run("training", tmp_path, "cpu")
+    assert files.read(store.Row, tmp_path / "cost.csv") == old[:1]
 
 
 def test_table_and_plot_run_nothing(monkeypatch, tmp_path, capsys):
-    for file, found in zip(FILES.values(), rows_of_every_kind()):
-        files.append(tmp_path / file, found)
+    for found in rows_of_every_kind():
+        files.keep(tmp_path / found[0].FILE, found)
     picture = tmp_path / "p" / "cost.png"
     for do in ("table", "plot"):
         monkeypatch.setattr("sys.argv", ["cost", do, "--results", str(tmp_path), "--out", str(picture)])
@@ -235,5 +248,5 @@ def test_table_and_plot_run_nothing(monkeypatch, tmp_path, capsys):
 
 def test_on_a_gpu_only_what_has_a_device_is_measured():
     assert set(parts("cuda")) < set(parts())
-    _, measure = parts("cuda", ("vit-b",))["training"]
-    assert {(s.model, s.device) for s in measure.args[0]} == {("vit-b", "cuda")}
+    measured = parts("cuda", ("vit-b",))["training"]
+    assert {(s.model, s.device) for s in measured.args[0]} == {("vit-b", "cuda")}
