@@ -13,8 +13,8 @@ from bench.accuracy import compressors, peers
 from bench.accuracy.compressors import COMPRESSORS
 from bench.accuracy.peers import METHODS, Context
 from jactus import JactusConfig, JactusError
-from jactus.model.lowrank import compressed_layers
 from jactus.model.families import head_parameters
+from jactus.model.lowrank import compressed_layers
 from jactus.model.targets import find_targets
 from tests.models import BERT, BY_NAME, GPT2, LLAMA, VIT
 
