@@ -18,7 +18,7 @@ from .trainable import mark_trainable
 def compress(model: nn.Module, plan: Plan) -> nn.Module:
     """Replace the planned layers of `model` by three factors, in place; only cores and chosen extras then require grad.
 
-    Every layer is checked before the first is touched. Returns the model.
+    Every layer is checked, and its factors are made, before the first is touched. Returns the model.
 
     Raises JactusError when the model is compressed already or is not the one the plan was made for.
     """
@@ -43,12 +43,20 @@ def compress(model: nn.Module, plan: Plan) -> nn.Module:
                 f"{layer.directions.kept}: its configuration was changed; plan again"
             )
     steps = step_scales(plan)
+    made: dict[str, CoreLinear] = {}
     for name, layer in plan.layers.items():
         rank = plan.ranks[name]
         if rank is not None:
-            new = core_linear_from(layer, rank, targets[name].module, plan.config, steps[name])
-            replace_module(model, name, new)
-    mark_trainable(model, plan.config.trainable_extras)
+            try:
+                made[name] = core_linear_from(layer, rank, targets[name].module, plan.config, steps[name])
+            except torch.linalg.LinAlgError as e:
+                raise JactusError(f"{name} ({layer.m}×{layer.n}) at rank {rank}: {e}; the model is as it was") from e
+    for name, new in made.items():
+        replace_module(model, name, new)
+    extras = plan.config.trainable_extras
+    # A head that is called like any other layer, and stays dense, has no core to train: it trains itself, as heads do.
+    heads = [name for name in plan.outputs if plan.ranks.get(name) is None] if "head" in extras else []
+    mark_trainable(model, (*extras, *heads))
     return model
 
 

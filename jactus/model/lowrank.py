@@ -218,4 +218,8 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
     old = getattr(holder, child)
     for key in HOOKS:
         vars(new)[key] = vars(old)[key]  # the very dictionaries, so that their owners' handles still remove them
+    if (hook := vars(old).get("_hf_hook")) is not None:  # accelerate's, which is no hook of torch's
+        from accelerate.hooks import add_hook_to_module
+
+        add_hook_to_module(new, hook)
     setattr(holder, child, new)

@@ -1,5 +1,6 @@
 """Which layers: name patterns as PEFT users know them, and a refusal by name of what cannot be compressed."""
 
+import difflib
 import logging
 import re
 from dataclasses import dataclass
@@ -65,6 +66,9 @@ def find_targets(model: nn.Module, config: JactusConfig) -> dict[str, Target]:
     twice = _reachable_twice(model)
     tied = _tied_weights(model)
     everything = config.target_modules == "all-linear"
+    if not everything:
+        _refuse_idle(model, "target_modules", config.target_modules)
+    _refuse_idle(model, "exclude_modules", config.exclude_modules)
     targets: dict[str, Target] = {}
     for name, module in model.named_modules():
         if not name or _matches(name, config.exclude_modules):
@@ -138,6 +142,28 @@ def _reachable_twice(model: nn.Module) -> dict[int, str]:
     return twice
 
 
+def _refuse_idle(model: nn.Module, option: str, patterns: str | tuple[str, ...]) -> None:
+    """Raise JactusError for a pattern that names no module: a misspelt one would change nothing, and say nothing."""
+    names = [name for name, _ in model.named_modules() if name]
+    for pattern in (patterns,) if isinstance(patterns, str) else patterns:
+        if not pattern or any(_matches(name, pattern if isinstance(patterns, str) else (pattern,)) for name in names):
+            continue
+        endings = {name: name.rpartition(".")[2] for name in names}
+        near = difflib.get_close_matches(pattern.rpartition(".")[2], list(dict.fromkeys(endings.values())), 3)
+        if isinstance(patterns, str):
+            how = f"a string is a regular expression for the whole name; name endings come in a list: [{pattern!r}]"
+        else:
+            how = "an element of a list is a whole name, or its ending after a dot"
+        like = (
+            f"; do you mean {' or '.join(near)}?"
+            if near
+            else f"; modules are called {list(dict.fromkeys(endings.values()))[:6]}…"
+        )
+        raise JactusError(
+            f"{option}={patterns!r}: {pattern!r} matches no module of {type(model).__name__} ({how}){like}"
+        )
+
+
 def _matches(name: str, patterns: str | tuple[str, ...]) -> bool:
     if isinstance(patterns, str):
         try:
@@ -175,9 +201,16 @@ def _refuse_unsuitable(name: str, module: Any, tied: set[int]) -> None:
         raise JactusError(f"{name} is parametrised; call torch.nn.utils.parametrize.remove_parametrizations first")
     if any(p.dim() == 3 for p in module.parameters(recurse=False)):
         raise JactusError(f"{name} ({kind}) holds a three-dimensional weight; add it to exclude_modules")
+    weight = getattr(module, "weight", None)
+    if looks_linear(module) and "weight" not in module._parameters:
+        made_by = next((type(h).__name__ for h in module._forward_pre_hooks.values()), "a hook")
+        raise JactusError(
+            f"{name} ({kind}) has no weight of its own: {made_by} makes it anew before each forward (torch.nn.utils.prune, "
+            "weight_norm or spectral_norm); make it permanent first (prune.remove, remove_weight_norm, remove_spectral_norm)"
+        )
     plain = looks_linear(module) and type(module).forward in (nn.Linear.forward, Conv1D.forward)
     if not plain or not module.weight.is_floating_point() or module.weight.element_size() < 2:
-        dtype = getattr(getattr(module, "weight", None), "dtype", None)
+        dtype = getattr(weight, "dtype", None)
         raise JactusError(
             f"{name} is a {type(module).__module__}.{kind} with weight dtype {dtype}, not a plain Linear or Conv1D: load "
             "the model unquantised, or add it to exclude_modules"

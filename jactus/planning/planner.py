@@ -49,7 +49,8 @@ def plan(
         layers[name] = replace(found, times=times.get(name))
     counted = sum(t.m * t.n for t in targets.values())
     others = sum(p.numel() for p in model.parameters()) - counted
-    return with_ranks(Plan(layers, config, {}, others, of_language))
+    outputs = statistics.outputs if statistics is not None else ()
+    return with_ranks(Plan(layers, config, {}, others, of_language, outputs))
 
 
 def _check_statistics(targets: dict[str, Target], statistics: Statistics, config: JactusConfig) -> None:

@@ -136,13 +136,14 @@ def core_width(rank: int, m: int, n: int, config: JactusConfig) -> int:
 @dataclass(frozen=True)
 class Plan:
     """Ranks for every target layer (None: stays dense), and what they cost. `of_language`: the model is one of language,
-    which `leave_dense=None` goes by."""
+    which `leave_dense=None` goes by; `outputs`: layers that compute what it returns."""
 
     layers: dict[str, PlannedLayer]
     config: JactusConfig
     ranks: dict[str, int | None]
     other_parameters: int
     of_language: bool = False
+    outputs: tuple[str, ...] = ()
 
     def at(self, budget: float) -> "Plan":
         """The same spectra under another budget: instant, without model or data. Raises JactusError as JactusConfig."""
@@ -235,6 +236,7 @@ class Plan:
             "layers": described,
             "other_parameters": self.other_parameters,
             "of_language": self.of_language,
+            "outputs": list(self.outputs),
         }
         storage.write(path, "plan", tensors, meta)
 
@@ -252,7 +254,8 @@ class Plan:
                 kept["times"] = Times(times["dense"], tuple(times["ranks"]), tuple(times["folded"]))
             layers[name] = PlannedLayer(name, directions=Directions(left, right, of["sigma"], of["task_core"]), **kept)
         config = JactusConfig.from_dict(meta["config"])
-        return with_ranks(cls(layers, config, {}, meta["other_parameters"], meta.get("of_language", False)))
+        of_language, outputs = meta.get("of_language", False), tuple(meta.get("outputs", ()))
+        return with_ranks(cls(layers, config, {}, meta["other_parameters"], of_language, outputs))
 
     def __str__(self) -> str:
         return _table(self)

@@ -12,6 +12,7 @@ beyond the other's meets its task directions as well). Everything a core needs b
 Gram matrices, so once these are known any rank costs one product, and neither W nor the covariances are needed again.
 """
 
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,7 @@ from jactus_kernels import JactusError
 
 from ..model.lowrank import core_shape
 
+logger = logging.getLogger("jactus")
 # A direction whose remainder outside the others is below this part of its length is not counted as new. A saved plan
 # keeps directions in float32, which resolves such a remainder to 2⁻²⁴ / 1e-3, four digits.
 INDEPENDENT = 1e-3
@@ -48,6 +50,22 @@ def metric(covariance: Tensor | None, damping: float, device: torch.device) -> T
 PARTS = ("weight", "task", "cross", "gram")
 
 
+def eigh(S: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, rising, and eigenvectors of a symmetric S (d, d) that is positive but for rounding.
+
+    Where the solver of its device fails, the CPU's tries, and then singular vectors, which another algorithm finds. Raises
+    torch.linalg.LinAlgError where none of them converges.
+    """
+    for device in dict.fromkeys((S.device, torch.device("cpu"))):
+        try:
+            values, vectors = torch.linalg.eigh(S.to(device))
+            return values.to(S.device), vectors.to(S.device)
+        except torch.linalg.LinAlgError as e:
+            logger.warning("the eigenvalues of a matrix of %d rows did not converge on %s (%s)", len(S), device, e)
+    vectors, values, _ = torch.linalg.svd(S.cpu())
+    return values.flip(0).to(S.device), vectors.flip(1).to(S.device)
+
+
 @dataclass
 class Side:
     """The candidate directions of one side, ordered by value, with their inner products in the metric.
@@ -66,7 +84,7 @@ class Side:
         weight directions is orthonormal in the metric; rank-revealing, strongest first."""
         cross = self.cross[:kept, :limit]
         left_over = self.gram[:limit, :limit] - cross.T @ cross
-        values, vectors = torch.linalg.eigh(left_over)
+        values, vectors = eigh(left_over)
         values, vectors = values.flip(0), vectors.flip(1)
         fresh = values > INDEPENDENT**2
         return vectors[:, fresh] / values[fresh].sqrt()
@@ -189,7 +207,7 @@ def directions(
     L = None if G is None else torch.linalg.cholesky(G)
     N = W if L is None else L.T @ W
     NA = N if A is None else N @ A
-    squares, P = torch.linalg.eigh(NA @ N.T)
+    squares, P = eigh(NA @ N.T)
     sigma, P = squares.flip(0).clamp_min(0).sqrt(), P.flip(1)[:, :keep]
     V, AV, sigma[:keep] = _right_directions(N, NA, A, P, sigma)
     left_sources, right_sources = [], []
@@ -260,7 +278,7 @@ def _in_turn(sources: list[Tensor], count: int, nothing: Tensor) -> Tensor:
 
 
 def _leading_eigenvectors(S: Tensor, count: int) -> Tensor:
-    return torch.linalg.eigh(S.double())[1].flip(1)[:, :count]
+    return eigh(S.double())[1].flip(1)[:, :count]
 
 
 def _leading_singular_vectors(D: Tensor, count: int) -> tuple[Tensor, Tensor]:
