@@ -284,6 +284,8 @@ def image_text(model: nn.Module) -> Iterator[Data]:
                 e = _styled(style, e, config, size)
                 x = torch.cat([ids(g, 2), torch.full((1, count), token or 0), ids(g, length)], 1)
                 e["input_ids"], e["attention_mask"] = x, torch.ones_like(x)
+                if style == "grid":
+                    e["mm_token_type_ids"] = (x == token).long()
                 if not mask:
                     del e["attention_mask"]
                 e["labels"] = x.masked_fill(x == (token if token is not None else -1), -100)

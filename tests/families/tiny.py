@@ -16,96 +16,69 @@ VOCABULARY = 96
 WIDTH, HEADS, KV_HEADS, LAYERS, INNER = 32, 4, 2, 2, 48
 TOO_MANY = 4_000_000  # parameters; more means that a size field has a name which the rule does not know
 
-_WIDTHS = (
-    "hidden_size d_model n_embd dim embed_dim_out encoder_hidden_size decoder_hidden_size embedding_size projection_dim "
-    "conv_dim_out encoder_hidden_dim decoder_hidden_dim decoder_embed_dim word_embed_proj_dim adapter_dim "
-    "out_hidden_size proj_hidden_size output_dim codebook_dim emb_dim decoder_input_size block_out_dim model_dim "
-    "text_embed_dim cross_attention_hidden_size language_dim vision_hidden_size text_hidden_size audio_hidden_size"
-)
-_HEADS = (
-    "num_attention_heads num_heads n_head n_heads encoder_attention_heads decoder_attention_heads num_attn_heads "
-    "attention_heads encoder_num_attention_heads decoder_num_attention_heads encoder_num_heads "
-    "num_decoder_attention_heads num_encoder_attention_heads"
-)
-_KV_HEADS = (
-    "num_key_value_heads num_kv_heads encoder_num_key_value_heads decoder_num_key_value_heads linear_num_key_heads "
-    "swa_num_key_value_heads"
-)
-_LAYERS = (
-    "num_hidden_layers num_layers n_layer n_layers encoder_layers decoder_layers num_decoder_layers num_encoder_layers "
-    "encoder_num_hidden_layers decoder_num_hidden_layers num_hidden_groups depth"
-)
-_INNER = (
-    "intermediate_size ffn_dim d_ff encoder_ffn_dim decoder_ffn_dim inner_dim ffn_hidden_size dim_feedforward "
-    "encoder_intermediate_size decoder_intermediate_size shared_intermediate_size moe_intermediate_size "
-    "shared_expert_intermediate_size feed_forward_hidden_size n_inner"
-)
-_POSITIONS = (
-    "max_position_embeddings n_positions max_source_positions max_target_positions n_ctx max_seq_len max_sequence_length "
-    "context_length decoder_max_position_embeddings"
-)
+WIDTHS = """hidden_size d_model n_embd dim embed_dim_out encoder_hidden_size decoder_hidden_size embedding_size projection_dim
+    conv_dim_out encoder_hidden_dim decoder_hidden_dim decoder_embed_dim word_embed_proj_dim adapter_dim out_hidden_size
+    proj_hidden_size output_dim codebook_dim emb_dim decoder_input_size block_out_dim model_dim text_embed_dim
+    cross_attention_hidden_size language_dim vision_hidden_size text_hidden_size audio_hidden_size projector_hidden_size
+    hidden_dim output_channels project_dim image_text_hidden_size patch_embed_hidden_size cross_hidden_size hidden_size_global
+    backbone_hidden_size prediction_head_size pred_hidden_size speaker_embedding_dim output_proj_dims mm_embed_dim
+    projection_hidden_size adapter_in_dim adapter_out_dim adapter_input_size projection_hidden_dim encoder_dim"""
+HEAD_COUNTS = """num_attention_heads num_heads n_head n_heads encoder_attention_heads decoder_attention_heads num_attn_heads
+    attention_heads encoder_num_attention_heads decoder_num_attention_heads encoder_num_heads num_decoder_attention_heads
+    num_encoder_attention_heads"""
+KV_HEAD_COUNTS = """num_key_value_heads num_kv_heads encoder_num_key_value_heads decoder_num_key_value_heads
+    linear_num_key_heads swa_num_key_value_heads linear_num_value_heads"""
+LAYER_COUNTS = """num_hidden_layers num_layers n_layer n_layers encoder_layers decoder_layers num_decoder_layers
+    num_encoder_layers encoder_num_hidden_layers decoder_num_hidden_layers num_hidden_groups depth"""
+INNERS = """intermediate_size ffn_dim d_ff encoder_ffn_dim decoder_ffn_dim inner_dim ffn_hidden_size dim_feedforward
+    encoder_intermediate_size decoder_intermediate_size shared_intermediate_size moe_intermediate_size d_inner dff dim_ff
+    shared_expert_intermediate_size feed_forward_hidden_size n_inner mlp_dim dense_intermediate_size expert_ffn_hidden_size
+    intermediate_size_mlp shared_experts_intermediate_size moe_shared_expert_intermediate_size share_expert_dim
+    projection_intermediate_size alignment_intermediate_size speech_encoder_intermediate_size"""
+POSITIONS = """max_position_embeddings n_positions max_source_positions max_target_positions n_ctx max_seq_len
+    max_sequence_length context_length decoder_max_position_embeddings max_encoder_position_embeddings
+    max_decoder_position_embeddings"""
+HEAD_WIDTHS = """head_dim d_kv qk_rope_head_dim qk_nope_head_dim v_head_dim d_head global_head_dim linear_key_head_dim
+    linear_value_head_dim swa_head_dim index_head_dim dim_head resampler_head_dim cross_head_dim kv_channels linear_head_dim"""
+CHANNELS = """embed_dim classifier_proj_size num_conv_pos_embeddings subsampling_conv_channels fusion_hidden_size
+    auxiliary_channels neck_out_channels aspp_out_channels reassemble_hidden_size conv_channels downsample_hidden_size
+    q_lora_rank kv_lora_rank num_mel_bins feature_projection_input_dim input_feat_per_channel o_lora_rank rel_extent
+    head_hidden_size bottleneck_features codevector_dim proj_codevector_dim xvector_output_dim"""
+SMALL = """state_size mamba_d_state mamba_d_head mamba_n_heads mamba_num_heads mamba_head_dim ssm_state_size patch_size
+    hidden_size_per_layer_input num_queries hc_lowrank"""
+VOCABULARIES = "vocab_size vocab_size_per_layer_input src_vocab_size tgt_vocab_size unpadded_vocab_size"
+FEW = "num_experts num_local_experts n_routed_experts moe_num_experts time_step_rank rotary_dim num_frames block_size"
+TWO = "num_experts_per_tok moe_k tubelet_size type_vocab_size zero_expert_num moe_topk top_k_experts"
+ONE = "n_shared_experts n_group topk_group first_k_dense_replace mamba_n_groups n_groups"
+NONE_AT_ALL = """layerdrop encoder_layerdrop decoder_layerdrop drop_path_rate hidden_dropout_prob hidden_dropout
+    attention_dropout attention_probs_dropout_prob mask_time_prob mask_feature_prob router_jitter_noise"""
 SIZES: dict[str, Any] = {
-    **dict.fromkeys(_WIDTHS.split(), WIDTH),
-    **dict.fromkeys(_HEADS.split(), HEADS),
-    **dict.fromkeys(_KV_HEADS.split(), KV_HEADS),
-    **dict.fromkeys(_LAYERS.split(), LAYERS),
-    **dict.fromkeys(_INNER.split(), INNER),
-    **dict.fromkeys(_POSITIONS.split(), 128),
-    **dict.fromkeys("head_dim d_kv qk_rope_head_dim qk_nope_head_dim v_head_dim d_head global_head_dim".split(), WIDTH // HEADS),
-    "linear_num_value_heads": KV_HEADS,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-    "q_lora_rank": 16,
-    "kv_lora_rank": 16,
-    "vocab_size": VOCABULARY,
-    "vocab_size_per_layer_input": VOCABULARY,
-    "hidden_size_per_layer_input": 8,
-    "embed_dim": 16,
-    "rotary_dim": 4,
-    "type_vocab_size": 2,
+    **dict.fromkeys(WIDTHS.split(), WIDTH),
+    **dict.fromkeys(HEAD_COUNTS.split(), HEADS),
+    **dict.fromkeys(KV_HEAD_COUNTS.split(), KV_HEADS),
+    **dict.fromkeys(LAYER_COUNTS.split(), LAYERS),
+    **dict.fromkeys(INNERS.split(), INNER),
+    **dict.fromkeys(POSITIONS.split(), 128),
+    **dict.fromkeys(HEAD_WIDTHS.split(), WIDTH // HEADS),
+    **dict.fromkeys(CHANNELS.split(), 16),
+    **dict.fromkeys(SMALL.split(), 8),
+    **dict.fromkeys(VOCABULARIES.split(), VOCABULARY),
+    **dict.fromkeys(FEW.split(), 4),
+    **dict.fromkeys(TWO.split(), 2),
+    **dict.fromkeys(ONE.split(), 1),
+    **dict.fromkeys(NONE_AT_ALL.split(), 0.0),
     "image_size": 32,
-    "patch_size": 8,
-    "num_frames": 4,
-    "tubelet_size": 2,
-    "num_mel_bins": 16,
     "max_length": 64,
-    # experts: few, and more than are chosen
-    "num_experts": 4,
-    "num_local_experts": 4,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "n_shared_experts": 1,
-    "n_group": 1,
-    "topk_group": 1,
-    "first_k_dense_replace": 1,
-    "moe_num_experts": 4,
-    "moe_k": 2,
-    # state spaces
-    "state_size": 8,
-    "mamba_d_state": 8,
-    "mamba_d_head": 8,
-    "mamba_n_heads": 8,
-    "mamba_n_groups": 1,
-    "time_step_rank": 4,
-    # nothing random
-    "layerdrop": 0.0,
-    "encoder_layerdrop": 0.0,
-    "decoder_layerdrop": 0.0,
-    "drop_path_rate": 0.0,
-    "hidden_dropout_prob": 0.0,
-    "hidden_dropout": 0.0,
-    "attention_dropout": 0.0,
-    "attention_probs_dropout_prob": 0.0,
+    "index_topk": 64,
+    "num_position_embeddings": 64,
+    "num_detection_tokens": 5,
     "apply_spec_augment": False,
-    "mask_time_prob": 0.0,
-    "mask_feature_prob": 0.0,
-    "router_jitter_noise": 0.0,
-    "use_cache": True,
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
     "decoder_start_token_id": 1,
 }
+LAYER_KINDS = ("layer_types", "layers_block_type", "mlp_layer_types")
 SET_THOUGH_NONE = ("num_key_value_heads", "pad_token_id", "head_dim", "n_inner", "intermediate_size", "vocab_size")
 
 
@@ -119,7 +92,13 @@ def overrides(cls: type, model_type: str, exceptions: dict | None = None, **own:
     exceptions = EXCEPTIONS.get(model_type, {}) if exceptions is None else exceptions
     fields = {f.name: f for f in dataclasses.fields(cls)}
     renamed = getattr(cls, "attribute_map", {})
-    known = {renamed.get(name, name): value for name, value in SIZES.items() if name in fields or renamed.get(name) in fields}
+    known = {}
+    for name, value in SIZES.items():
+        target = name if name in fields else renamed.get(name)
+        if target in fields:
+            known[target] = value
+    if "kv_lora_rank" in fields and "num_key_value_heads" in fields:
+        known["num_key_value_heads"] = HEADS  # latent attention has one key a head
     chosen = {}
     for name, value in known.items():
         default = fields[name].default
@@ -129,10 +108,12 @@ def overrides(cls: type, model_type: str, exceptions: dict | None = None, **own:
             continue
         if name == "pad_token_id" and default is None and "vocab_size" not in fields:
             continue
-        chosen[name] = value
+        chosen[name] = int(value) if isinstance(default, int) and isinstance(value, float) else value
     for name, field in fields.items():
         default = _default(field)
-        if isinstance(default, list | tuple) and default and all(isinstance(v, int) for v in default):
+        if name in ("conv_dim", "tdnn_dim"):
+            chosen[name] = [16] * len(default)
+        elif isinstance(default, list | tuple) and default and all(isinstance(v, int) for v in default):
             if name == "depths":
                 chosen[name] = [1] * len(default)
             elif name in ("num_attention_heads", "num_heads"):
@@ -154,8 +135,28 @@ def overrides(cls: type, model_type: str, exceptions: dict | None = None, **own:
         of_type = of_type or sub.model_type
         chosen[key] = {**overrides(sub, of_type), **inside}
         chosen[key].setdefault("model_type", of_type)
+    chosen |= _layer_kinds(cls, fields)
     chosen |= {k: v for k, v in exceptions.items() if k not in chosen or not isinstance(v, dict)}
     return {**{k: v for k, v in chosen.items() if v != "default"}, **own}
+
+
+def _layer_kinds(cls: type, fields: dict[str, Any]) -> dict[str, Any]:
+    """One layer of every kind that the default configuration has, where layers are of several kinds."""
+    wanted = [name for name in LAYER_KINDS if name in fields]
+    if not wanted:
+        return {}
+    try:
+        whole = cls()
+    except Exception:  # it cannot be made without arguments: left to the exceptions
+        return {}
+    kinds = {name: list(dict.fromkeys(getattr(whole, name, None) or [])) for name in wanted}
+    kinds = {name: found for name, found in kinds.items() if found}
+    length = max([LAYERS, *map(len, kinds.values())])
+    if length > 4 or not kinds:
+        return {}
+    chosen: dict[str, Any] = {name: (found * length)[:length] for name, found in kinds.items()}
+    count = next((n for n in LAYER_COUNTS.split() if n in fields), None)
+    return chosen | ({count: length} if count else {})
 
 
 def _default(field: dataclasses.Field) -> Any:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from .check import Result
+from .check import Result, brief
 
 
 def _serve(connection: Connection) -> None:
@@ -16,7 +16,11 @@ def _serve(connection: Connection) -> None:
     from .entries import run
 
     while (name := connection.recv()) is not None:
-        connection.send(run(name))
+        try:
+            result = run(name)
+        except Exception as e:  # of the lane itself
+            result = Result(name, "", "FAIL", f"the lane: {brief(e)}")
+        connection.send(result)
 
 
 class Worker:
