@@ -34,7 +34,10 @@ def main() -> int:
     results: list[Result] = []
     for result in run_all(chosen, args.jobs, args.limit):
         results.append(result)
-        print(f"{result.status:9} {result.name:45} {result.kind:40} {result.seconds:5.1f}s {result.reason[:300]}", flush=True)
+        print(
+            f"{result.status:9} {result.name:45} {result.kind:40} {result.seconds:5.1f}s {result.reason[:300]}",
+            flush=True,
+        )
     results.sort(key=lambda r: chosen.index(r.name))
     line = summary(results, time.monotonic() - start)
     print(line)

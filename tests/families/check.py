@@ -18,7 +18,9 @@ from .inputs import Data
 from .oracle import Double, Sums, Truth, difference, truth
 
 TOLERANCE = 1e-9  # of sums and outputs in float64: some 1e-13 of rounding, amplified by a few layers
-FULL_RANK = 64 * 2**-24  # a plan keeps its directions in float32: each weight is right to 2⁻²⁴, and there are some layers
+FULL_RANK = (
+    64 * 2**-24
+)  # a plan keeps its directions in float32: each weight is right to 2⁻²⁴, and there are some layers
 ADDITIVE = 1e-7  # a model whose own padded and lone gradients differ by more is not the same function of both
 
 
@@ -127,22 +129,24 @@ def _usable(
 def brief(e: BaseException) -> str:
     """Type, message and the last places of an exception, in one line."""
     frames = traceback.extract_tb(e.__traceback__)
-    places = [f"{'/'.join(f.filename.split('/')[-2:])}:{f.lineno}" for f in frames if "torch" not in f.filename.split("/")][-3:]
+    places = [
+        f"{'/'.join(f.filename.split('/')[-2:])}:{f.lineno}" for f in frames if "torch" not in f.filename.split("/")
+    ][-3:]
     return f"{type(e).__name__}: {str(e).splitlines()[0][:200] if str(e) else ''} [{' < '.join(reversed(places))}]"
 
 
 def _named(model: nn.Module, message: str) -> str | None:
     """The module that a refusal speaks of, as a name ending to exclude with its like in other layers."""
-    names = dict(model.named_modules())
+    names = {n for n, m in model.named_modules() if n and next(m.parameters(recurse=False), None) is not None}
     for word in re.findall(r"[\w.]+", message):
-        if word in names and word:
+        if word in names:
             return word
     return None
 
 
 def _pattern(exclude: tuple[str, ...]) -> str | tuple[str, ...]:
     """One regular expression for the named modules and their like in other layers."""
-    return "|".join(re.sub(r"\\\.\d+(?=\\\.|$)", r"\\.\\d+", re.escape(name)) for name in exclude) if exclude else ()
+    return "|".join(re.sub(r"\\\.\d+(?=\\\.)", r"\\.\\d+", re.escape(name)) for name in exclude) if exclude else ()
 
 
 def linear_names(model: nn.Module) -> list[str]:
@@ -190,18 +194,26 @@ def judge(case: Data, model: nn.Module, own: Own, names: tuple, result: Result, 
         _note(result, "equal lengths")
     chosen = configs(_pattern(names))
     if own.additive:
-        statistics = _calibrate(case, model, case.alone, chosen)
-        _compare(statistics, truth(model, case.alone, case.terms, list(statistics.layers), case.total), own, case, "alone")
+        found = []
+        size = len(case.alone) // len(case.together)
+        hows = {"alone": case.alone}
         if own.together:
+            hows[f"in {'padded ' if case.ragged else ''}batches of {size}"] = case.together
+        for how, batches in hows.items():
             try:
-                together = _calibrate(case, model, case.together, chosen)
+                statistics = _calibrate(case, model, batches, chosen)
             except JactusError as e:
-                refusals.append(f"in a batch of {len(case.alone)}: {e}")
-            else:
-                want = truth(model, case.alone, case.terms, list(together.layers), case.total)
-                _compare(together, want, own, case, f"in a padded batch of {len(case.alone)}" if case.ragged else "together")
-                if together.terms != statistics.terms:
-                    raise Wrong(f"terms are {together.terms} in a batch and {statistics.terms} alone")
+                if how == list(hows)[-1] and not found:
+                    raise
+                refusals.append(f"{how}: {e}")
+                continue
+            _compare(
+                statistics, truth(model, case.alone, case.terms, list(statistics.layers), case.total), own, case, how
+            )
+            found.append(statistics)
+        if len({s.terms for s in found}) > 1:
+            raise Wrong(f"terms are {found[1].terms} in a batch and {found[0].terms} alone")
+        statistics = found[0]
     else:
         _note(result, "not a sum over examples: compared batch by batch")
         statistics = _calibrate(case, model, case.together, chosen)

@@ -31,7 +31,9 @@ def run(name: str) -> Result:
             cls = model_class(task, model_type)
             model = build(cls, tiny_config(model_type, num_labels=CLASSES_OF.get(task, 3)))
         except Exception as e:
-            result = Result(name, "", "not tried", f"cannot be made tiny: {type(e).__name__}: {' '.join(str(e).split())[:200]}")
+            result = Result(
+                name, "", "not tried", f"cannot be made tiny: {type(e).__name__}: {' '.join(str(e).split())[:200]}"
+            )
         else:
             result = check(name, model, candidates(task, model))
     result.seconds = time.monotonic() - start

@@ -19,7 +19,12 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "esmc": {"num_key_value_heads": 4},
     "luke": {"entity_vocab_size": 10, "entity_emb_size": 16},
     "roc_bert": {"pronunciation_vocab_size": 20, "shape_vocab_size": 20},
-    "reformer": {"is_decoder": False, "axial_pos_embds": False, "attn_layers": ["local", "local"], "local_attn_chunk_length": 4},
+    "reformer": {
+        "is_decoder": False,
+        "axial_pos_embds": False,
+        "attn_layers": ["local", "local"],
+        "local_attn_chunk_length": 4,
+    },
     "longformer": {"attention_window": [4, 4]},
     "led": {"attention_window": [4, 4]},
     "canine": {"downsampling_rate": 4, "local_transformer_stride": 4},

@@ -163,7 +163,9 @@ def classes(examples: list[Batch], count: int = CLASSES) -> list[Batch]:
 
 def channels(config: Any) -> int:
     own = _vision(config)
-    found = getattr(own, "num_channels", None) or getattr(own, "in_channels", None) or getattr(own, "in_chans", None) or 3
+    found = (
+        getattr(own, "num_channels", None) or getattr(own, "in_channels", None) or getattr(own, "in_chans", None) or 3
+    )
     return found if isinstance(found, int) else 3
 
 
@@ -304,7 +306,9 @@ def _styled(style: str, e: Batch, config: Any, size: tuple[int, int]) -> Batch:
         patch, merge = v.patch_size, getattr(v, "spatial_merge_size", 1)
         depth = getattr(v, "temporal_patch_size", 1)
         side = 2 * merge
-        values = torch.randn(side * side, pixels.shape[1] * depth * patch**2, generator=torch.Generator().manual_seed(7))
+        values = torch.randn(
+            side * side, pixels.shape[1] * depth * patch**2, generator=torch.Generator().manual_seed(7)
+        )
         return {"pixel_values": values.double(), "image_grid_thw": torch.tensor([[1, side, side]])}
     return dict(e)
 
@@ -312,7 +316,11 @@ def _styled(style: str, e: Batch, config: Any, size: tuple[int, int]) -> Batch:
 def _image_tokens(model: nn.Module, e: Batch) -> int:
     """How many tokens stand for the image."""
     with torch.no_grad(), Double():
-        found = model.model.get_image_features(**e) if hasattr(model.model, "get_image_features") else model.get_image_features(**e)
+        found = (
+            model.model.get_image_features(**e)
+            if hasattr(model.model, "get_image_features")
+            else model.get_image_features(**e)
+        )
     found = getattr(found, "pooler_output", found)
     if isinstance(found, list | tuple):
         return sum(f.shape[:-1].numel() for f in found)
@@ -335,12 +343,16 @@ def candidates(task: str, model: nn.Module) -> Iterator[Any]:
     elif task == "VIDEO_CLASSIFICATION":
         frames = getattr(config, "num_frames", 4)
         clips = [
-            {"pixel_values": torch.stack([x["pixel_values"][:, :]] * frames, 1)} for x in image(model, image_size(config))
+            {"pixel_values": torch.stack([x["pixel_values"][:, :]] * frames, 1)}
+            for x in image(model, image_size(config))
         ]
         yield Data(classes(clips), [1] * 4)
     elif task == "ZERO_SHOT_IMAGE_CLASSIFICATION":
         for lengths, mask in ((RAGGED, True), (EQUAL, True), (EQUAL, False)):
-            words = [{k: v for k, v in e.items() if k != "labels"} for e in text("SEQUENCE_CLASSIFICATION", model, lengths, mask).alone]
+            words = [
+                {k: v for k, v in e.items() if k != "labels"}
+                for e in text("SEQUENCE_CLASSIFICATION", model, lengths, mask).alone
+            ]
             for e in words:
                 e["input_ids"][:, -1] = 2  # the end-of-text token, whose state is pooled
             yield with_loss([a | b for a, b in zip(words, image(model, image_size(config)))], lengths is RAGGED)

@@ -43,7 +43,11 @@ class Truth:
 
 
 def truth(
-    model: nn.Module, batches: list[Any], terms: list[int], names: list[str], total: Callable[[nn.Module, Any, int], Tensor]
+    model: nn.Module,
+    batches: list[Any],
+    terms: list[int],
+    names: list[str],
+    total: Callable[[nn.Module, Any, int], Tensor],
 ) -> Truth:
     """The sums over `batches` of the layers `names`; `total` gives the sum of a batch's loss terms."""
     found = Truth()
@@ -98,14 +102,17 @@ def _watch(module: nn.Module, inputs: list[Tensor], zeros: list[Tensor]) -> list
 def difference(a: Truth, b: Truth) -> tuple[float, str]:
     """The largest relative difference of two sets of sums, and where it is."""
     worst, where = 0.0, "same"
-    floor = {k: 1e-20 * max(float(getattr(s, k).norm()) for s in b.layers.values()) for k in ("input", "output", "gradient")}
+    floor = {
+        k: 1e-20 * max(float(getattr(s, k).norm()) for s in b.layers.values()) for k in ("input", "output", "gradient")
+    }
     for name, want in b.layers.items():
         got = a.layers[name]
         # D may be small by cancellation: its error is of the size of its terms
         size = {
             "input": float(want.input.norm()),
             "output": float(want.output.norm()),
-            "gradient": float((want.input.trace() * want.output.trace()).abs().sqrt()) * 1e-3 + float(want.gradient.norm()),
+            "gradient": float((want.input.trace() * want.output.trace()).abs().sqrt()) * 1e-3
+            + float(want.gradient.norm()),
         }
         for kind in ("input", "output", "gradient"):
             error = float((getattr(got, kind) - getattr(want, kind)).norm()) / max(size[kind], floor[kind], 1e-290)

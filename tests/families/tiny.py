@@ -199,6 +199,9 @@ def build(cls: type, config: Any, seed: int = 0) -> nn.Module:
             if p.dim() < 2:
                 p.add_(0.1 * torch.randn(p.shape, generator=g))
     for m in model.modules():
+        if isinstance(m, nn.Embedding) and m.padding_idx is not None:
+            with torch.no_grad():  # zeros there would hide what padding does
+                m.weight[m.padding_idx] = 0.1 * torch.randn(m.embedding_dim, generator=g)
         if isinstance(m, nn.Dropout):
             m.p = 0.0
         if isinstance(getattr(m, "layerdrop", None), float):
