@@ -3,6 +3,7 @@
 Labels are drawn here, so the number of terms of each example is known without asking the model or jactus.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,10 +17,16 @@ from .oracle import Double
 CLASSES = 3
 RAGGED = (11, 6, 9, 8)  # none equal to a tiny model's number of patches, heads or layers
 EQUAL = (9, 9, 9, 9)
-TEXT = (
-    "CAUSAL_LM SEQUENCE_CLASSIFICATION TOKEN_CLASSIFICATION QUESTION_ANSWERING MASKED_LM MULTIPLE_CHOICE "
-    "SEQ_TO_SEQ_CAUSAL_LM NEXT_SENTENCE_PREDICTION"
-).split()
+TEXT = [
+    "CAUSAL_LM",
+    "SEQUENCE_CLASSIFICATION",
+    "TOKEN_CLASSIFICATION",
+    "QUESTION_ANSWERING",
+    "MASKED_LM",
+    "MULTIPLE_CHOICE",
+    "SEQ_TO_SEQ_CAUSAL_LM",
+    "NEXT_SENTENCE_PREDICTION",
+]
 
 Batch = dict[str, Any]
 
@@ -270,29 +277,30 @@ def audio(task: str, model: nn.Module) -> Iterator[Data]:
 
 def image_text(model: nn.Module) -> Iterator[Data]:
     """Text with one image each, in the ways in which models want them: bare pixels, several images, patches with a grid."""
+    for style in ("plain", "images", "grid", "sizes", "tiles"):
+        for lengths, mask in ((RAGGED, True), (EQUAL, True), (EQUAL, False)):
+            yield functools.partial(_image_text, model, style, lengths, mask)
+
+
+def _image_text(model: nn.Module, style: str, lengths: tuple[int, ...], mask: bool) -> Data:
     config = model.config
     size = image_size(config)
     token = getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
-    for style in ("plain", "images", "grid", "sizes"):
-        for lengths, mask in ((RAGGED, True), (EQUAL, True), (EQUAL, False)):
-            g = torch.Generator().manual_seed(6)
-            pixels = image(model, size)
-            try:
-                count = _image_tokens(model, _styled(style, pixels[0], config, size)) if token is not None else 0
-            except Exception:  # this style is not the model's
-                continue
-            examples = []
-            for length, e in zip(lengths, pixels):
-                e = _styled(style, e, config, size)
-                x = torch.cat([ids(g, 2), torch.full((1, count), token or 0), ids(g, length)], 1)
-                e["input_ids"], e["attention_mask"] = x, torch.ones_like(x)
-                if style == "grid":
-                    e["mm_token_type_ids"] = (x == token).long()
-                if not mask:
-                    del e["attention_mask"]
-                e["labels"] = x.masked_fill(x == (token if token is not None else -1), -100)
-                examples.append(e)
-            yield lambda examples=examples: Data(examples, causal_terms(model, examples), ragged=len(set(lengths)) > 1)
+    g = torch.Generator().manual_seed(6)
+    pixels = image(model, size)
+    count = _image_tokens(model, _styled(style, pixels[0], config, size)) if token is not None else 0
+    examples = []
+    for length, e in zip(lengths, pixels):
+        e = _styled(style, e, config, size)
+        x = torch.cat([ids(g, 2), torch.full((1, count), token or 0), ids(g, length)], 1)
+        e["input_ids"], e["attention_mask"] = x, torch.ones_like(x)
+        if style == "grid" and token is not None:
+            e["mm_token_type_ids"] = (x == token).long()
+        if not mask:
+            del e["attention_mask"]
+        e["labels"] = x.masked_fill(x == (token if token is not None else -1), -100)
+        examples.append(e)
+    return Data(examples, causal_terms(model, examples), ragged=len(set(lengths)) > 1)
 
 
 def _styled(style: str, e: Batch, config: Any, size: tuple[int, int]) -> Batch:
@@ -300,6 +308,8 @@ def _styled(style: str, e: Batch, config: Any, size: tuple[int, int]) -> Batch:
     if style == "images":
         return {"pixel_values": pixels[:, None], "pixel_attention_mask": torch.ones(1, 1, *size, dtype=torch.long)}
     if style == "sizes":
+        return dict(e) | {"image_sizes": torch.tensor([size])}
+    if style == "tiles":
         return {"pixel_values": pixels[:, None].repeat(1, 2, 1, 1, 1), "image_sizes": torch.tensor([size])}
     if style == "grid":
         v = _vision(config)

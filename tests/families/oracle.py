@@ -102,20 +102,21 @@ def _watch(module: nn.Module, inputs: list[Tensor], zeros: list[Tensor]) -> list
 def difference(a: Truth, b: Truth) -> tuple[float, str]:
     """The largest relative difference of two sets of sums, and where it is."""
     worst, where = 0.0, "same"
-    floor = {
-        k: 1e-20 * max(float(getattr(s, k).norm()) for s in b.layers.values()) for k in ("input", "output", "gradient")
-    }
+    largest = {k: max(float(getattr(s, k).norm()) for s in b.layers.values()) for k in ("output", "gradient")}
     for name, want in b.layers.items():
         got = a.layers[name]
-        # D may be small by cancellation: its error is of the size of its terms
+        # Gradients carry the rounding of the largest ones that they are summed from; where they cancel, nothing else is left.
+        g2 = float(want.output.norm())
         size = {
             "input": float(want.input.norm()),
-            "output": float(want.output.norm()),
-            "gradient": float((want.input.trace() * want.output.trace()).abs().sqrt()) * 1e-3
-            + float(want.gradient.norm()),
+            "output": max(g2, 1e-6 * (g2 * largest["output"]) ** 0.5, 1e-18 * largest["output"]),
+            "gradient": max(
+                1e-3 * float((want.input.trace() * want.output.trace()).abs().sqrt()) + float(want.gradient.norm()),
+                1e-6 * largest["gradient"],
+            ),
         }
         for kind in ("input", "output", "gradient"):
-            error = float((getattr(got, kind) - getattr(want, kind)).norm()) / max(size[kind], floor[kind], 1e-290)
+            error = float((getattr(got, kind) - getattr(want, kind)).norm()) / max(size[kind], 1e-290)
             if not error <= worst:
                 ratio = float(getattr(got, kind).norm() / getattr(want, kind).norm().clamp_min(1e-290))
                 worst, where = error, f"{kind} sum of {name} is off by {error:.1e} (×{ratio:.4g} in norm)"
