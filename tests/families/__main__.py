@@ -58,7 +58,7 @@ def summary(results: list[Result], seconds: float) -> str:
 def table(results: list[Result], line: str) -> str:
     rows = [f"{line}.", "", "| entry | class | result | reason | notes |", "|---|---|---|---|---|"]
     for r in sorted(results, key=lambda r: (("FAIL", "refused", "exact", "not tried").index(r.status), r.name)):
-        cells = (r.name, r.kind, r.status, r.reason, "; ".join(r.notes))
+        cells = (r.name, r.kind, r.status, r.reason[:500], "; ".join(r.notes)[:300])
         rows.append("| " + " | ".join(str(c).replace("|", "/").replace("\n", " ") for c in cells) + " |")
     return "\n".join(rows) + "\n"
 

@@ -2,8 +2,6 @@
 
 from transformers.models.auto import modeling_auto
 
-from .exceptions import SKIPPED
-
 ENCODERS = ("SEQUENCE_CLASSIFICATION", "TOKEN_CLASSIFICATION", "QUESTION_ANSWERING", "MASKED_LM", "MULTIPLE_CHOICE")
 OTHERS = (
     "IMAGE_CLASSIFICATION",
@@ -46,4 +44,4 @@ def discovered() -> list[tuple[str, str]]:
             chosen[own[(number + 2 * k) % len(own)], model_type] = None
     for model_type in mapping("NEXT_SENTENCE_PREDICTION"):
         chosen["NEXT_SENTENCE_PREDICTION", model_type] = None
-    return [pair for pair in chosen if pair[1] not in SKIPPED]
+    return list(chosen)

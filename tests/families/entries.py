@@ -6,8 +6,8 @@ import transformers
 
 from .check import Result, check
 from .discover import discovered
-from .inputs import candidates
 from .kinds import KINDS
+from .media import candidates
 from .tiny import build, model_class, tiny_config
 
 CLASSES_OF = {"QUESTION_ANSWERING": 2, "NEXT_SENTENCE_PREDICTION": 2}

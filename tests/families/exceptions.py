@@ -6,7 +6,6 @@ MROPE = {"text_config": {"rope_parameters": {"rope_type": "default", "rope_theta
 WHOLE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1], "partial_rotary_factor": 1.0}
 GLM = {"text_config": {"rope_parameters": WHOLE}}
 SWIN = {"window_size": 2, "image_size": 64, "patch_size": 4, "depths": [1, 2], "num_heads": [2, 2]}
-NECK = {"neck_hidden_sizes": [16, 32, 48, 64]}
 
 EXCEPTIONS: dict[str, dict[str, Any]] = {
     # windows that divide what the stages leave
@@ -33,6 +32,11 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "gemma3": {"mm_tokens_per_image": 4},
     "shieldgemma2": {"mm_tokens_per_image": 4},
     "aria": {"projector_patch_to_query_dict": {16: 4}},
+    "llava_next": {"image_grid_pinpoints": [[32, 32]]},
+    "llava_next_video": {"image_grid_pinpoints": [[32, 32]]},
+    "llava_onevision": {"image_grid_pinpoints": [[32, 32]]},
+    "xmod": {"default_language": "en_XX"},
+    "lilt": {"hidden_size": 48, "num_attention_heads": 2},
     # layers of several kinds
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "bamba": {"attn_layer_indices": [1]},
@@ -60,4 +64,3 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "siglip2": {"vision_config": {"num_patches": 16}},
     "fsmt": {"src_vocab_size": 96, "tgt_vocab_size": 96},
 }
-SKIPPED: dict[str, str] = {}

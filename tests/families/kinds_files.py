@@ -12,9 +12,11 @@ from transformers import AutoModelForTokenClassification, BertModel, BertPreTrai
 import jactus
 from jactus import JactusError
 
-from .check import TOLERANCE, Result, brief, configs
-from .inputs import CLASSES, RAGGED, Data, classes, image, image_size, segmentation, text
+from .check import Result, configs
+from .inputs import CLASSES, RAGGED, Data, text
 from .kinds import judged, kind, of_class, tiny
+from .media import classes, image, image_size, segmentation
+from .steps import TOLERANCE, brief
 
 
 def _fitted(model: nn.Module, data: Data, head: str) -> Result:

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .inputs import EQUAL, RAGGED, Data, causal_terms, classes, ids, image, image_size, text, waves
+from .inputs import EQUAL, RAGGED, Data, causal_terms, ids, text
 from .kinds import kind, of_class, tiny
+from .media import classes, image, image_size, waves
 
 
 def _ctc(reduction: str) -> Any:

@@ -9,10 +9,12 @@ from torch import Tensor, nn
 import jactus
 from jactus import JactusError
 
-from .check import TOLERANCE, Result, configs
-from .inputs import EQUAL, RAGGED, Data, ids, image, image_size, text, waves, with_loss
+from .check import Result, configs
+from .inputs import EQUAL, RAGGED, Data, ids, text
 from .kinds import judged, kind, of_class, tiny
+from .media import image, image_size, waves, with_loss
 from .oracle import Double
+from .steps import TOLERANCE
 
 
 @kind(

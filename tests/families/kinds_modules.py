@@ -10,9 +10,11 @@ from torch import Tensor, nn
 import jactus
 from jactus import JactusError
 
-from .check import FULL_RANK, Result, brief, configs
-from .inputs import RAGGED, Data, classes, image, image_size, text
+from .check import Result, configs
+from .inputs import RAGGED, Data, text
 from .kinds import judged, kind, plain, plain_data, tiny
+from .media import classes, image, image_size
+from .steps import FULL_RANK, brief
 
 
 class Sequence(nn.Module):

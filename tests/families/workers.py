@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from .check import Result, brief
+from .check import Result
+from .steps import brief
 
 
 def _serve(connection: Connection) -> None:
