@@ -84,11 +84,43 @@ def test_exclusion_takes_away_from_any_choice(target_modules, exclude):
 
 @pytest.mark.parametrize(
     "config",
-    [{"target_modules": ["q_proj"]}, {"target_modules": "query"}, {"exclude_modules": r".*"}, {"target_modules": []}],
+    [
+        {
+            "target_modules": r"bert\.embeddings|classifier.nothing|bert\.pooler",
+            "exclude_modules": ["pooler", "embeddings"],
+        },
+        {"exclude_modules": r".*"},
+        {"target_modules": []},
+    ],
     ids=str,
 )
 def test_no_match_says_what_was_asked_and_what_there_is(config):
     with pytest.raises(JactusError, match=r"no module of BertFor\S+ matches .*attention\.self\.query.*14 in all"):
+        names(BERT.model(), **config)
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        (
+            {"target_modules": ["q_proj"]},
+            r"target_modules=\('q_proj',\): 'q_proj' matches no module of Bert.*ending after a dot",
+        ),
+        ({"target_modules": ["query", "kye"]}, r"'kye' matches no module .*do you mean key\?"),
+        (
+            {"target_modules": "query"},
+            r"'query' matches no module .*regular expression for the whole name.*\['query'\]",
+        ),
+        ({"exclude_modules": "query"}, r"exclude_modules='query': 'query' matches no module .*do you mean query\?"),
+        (
+            {"exclude_modules": ["qurey"]},
+            r"exclude_modules=\('qurey',\): 'qurey' matches no module .*do you mean query",
+        ),
+    ],
+    ids=str,
+)
+def test_a_pattern_that_would_change_nothing_is_named(config, message):
+    with pytest.raises(JactusError, match=message):
         names(BERT.model(), **config)
 
 
@@ -192,7 +224,9 @@ def test_fused_experts_are_refused_by_name_and_the_rest_can_be_compressed(family
         names(model)
     with pytest.raises(JactusError, match=r"mlp\.experts .*three-dimensional weight.*exclude_modules"):
         names(model, target_modules=["experts"])
-    config = SMALL.replace(exclude_modules=("experts", "shared_expert_gate"), leave_dense=False, budget=0.7)
+    config = SMALL.replace(
+        exclude_modules=("experts", "shared_expert_gate")[: 1 + (family is QWEN_MOE)], leave_dense=False, budget=0.7
+    )
     before = {k: v.clone() for k, v in model.state_dict().items() if "experts" in k}
     jactus.adapt(model, family.batches(), config=config, progress=False)
     assert {name.rsplit(".", 1)[-1] for name in compressed_layers(model)} >= {"q_proj", "k_proj", "v_proj", "o_proj"}

@@ -1,7 +1,7 @@
 """A batch as examples: move it, count them, take some of them. Batches may be nested in any way."""
 
 import copy
-from collections import Counter, UserDict
+from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
@@ -49,17 +49,29 @@ def tensors(batch: Any) -> Iterator[tuple[Path, Tensor]]:
     return iter(found)
 
 
+# Tensors that have a row for every example, where a batch has one of that name.
+BY_EXAMPLE = (
+    "input_ids",
+    "labels",
+    "attention_mask",
+    "inputs_embeds",
+    "input_features",
+    "input_values",
+    "pixel_values",
+)
+
+
 def size(batch: Any) -> int | None:
     """How many examples a batch has, by the first dimension that its tensors have in common; None where they have none.
 
     A first dimension of 1 may stand for all examples (positions), and numbers belong to none.
     """
-    leading = Counter(t.shape[0] for _, t in tensors(batch) if t.dim())
+    leading = [(path[-1] if path else "", t.shape[0]) for path, t in tensors(batch) if t.dim()]
     if not leading:
         return None
-    rows = max(leading)
-    several = set(leading) - {1}
-    return rows if len(several) <= 1 else None
+    named = (rows for name in BY_EXAMPLE for other, rows in leading if other == name)
+    rows = next(named, max(rows for _, rows in leading))
+    return rows if {rows for _, rows in leading} <= {rows, 1} else None
 
 
 def take(batch: Any, chosen: Sequence[int]) -> Any:

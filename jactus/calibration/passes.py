@@ -207,6 +207,11 @@ def _look(
     losses.prepare(batch, index)
     tokens.begin(batch, index)
     assert tokens.first is not None
+    for name in tokens.first.not_heads if verify else ():
+        raise JactusError(
+            f"{name} is called like a task head, and is not the layer that computes what {type(model).__name__} returns; whether "
+            "it is to be compressed cannot be told: rename it, or name the layers to compress in target_modules"
+        )
     for name in tokens.first.outputs:
         logger.warning(
             "%s computes what the model returns, so it looks like a task head, and is to be compressed as any other layer; if it "

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from jactus_kernels import JactusError
 
-from ..model.families import config_values, shifts_labels
-from .examples import mapped, size, take, tensors
+from ..model.families import config_values, is_encoder_decoder, shifts_labels
+from .examples import Path, mapped, size, take, tensors
 
 IGNORED = -100  # by torch's cross-entropy and all of transformers
 FEW = 4  # examples that a rule is tried on
@@ -125,7 +125,8 @@ class Terms:
     def _tried(self, candidates: list[Rule], batch: Any, index: int) -> list[Rule]:
         """Those of the candidates that add up over parts of this batch."""
         name = type(self.model).__name__
-        probes = list(_probes(batch))
+        ignored = {v for rule in candidates for v in rule.ignored}
+        probes = _probes(batch, ignored, cuts=not is_encoder_decoder(self.model))
         if not probes:
             raise JactusError(
                 f"batch {index}: the loss of {name} is one number, and the batch cannot be cut into examples (its tensors have "
@@ -139,7 +140,7 @@ class Terms:
                 again = self.value(whole) if number == 0 else values[0]
             except Exception:
                 if number:  # an example with labels taken away, which this loss does not take
-                    break
+                    continue
                 raise
             if abs(again - values[0]) > _rounding(self.model)[0] * abs(values[0]):
                 raise JactusError(
@@ -176,19 +177,49 @@ def _rounding(model: nn.Module) -> tuple[float, float]:
     return HALF if min(sizes, default=4) < 4 else FULL
 
 
-def _probes(batch: Any) -> list[tuple[Any, list[Any]]]:
+def _probes(batch: Any, ignored: set[int], cuts: bool) -> list[tuple[Any, list[Any]]]:
     """Small batches with parts that make them up: a few examples; then the same with most labels of the first taken away, so
-    that examples with as many labels as each other do not hide what is averaged."""
+    that examples with as many labels as each other do not hide what is averaged. Labels are taken away by a value that may be
+    ignored, of those that the batch has, and −100. Of a batch that cannot be cut into examples the labels can be parted, if they
+    are nothing but labels (`cuts`; a decoder may read them too)."""
     rows = size(batch)
+    labels = [t for path, t in tensors(batch) if path and _is_label(path[-1])]
     if rows is None:
-        return []
+        return (
+            [(batch, [_with(batch, _only, part) for part in (0, 1)])]
+            if cuts and any(t.dim() > 1 for t in labels)
+            else []
+        )
     fullest = sorted(range(rows), key=lambda i: -_labels_of(batch, i))
     few = take(batch, [fullest[i % rows] for i in range(max(2, min(rows, FEW)))])
     found = [(few, _parts(few))]
-    fewer = mapped(few, lambda path, leaf: _with_fewer_labels(leaf) if path and _is_label(path[-1]) else leaf)
-    if any(not torch.equal(a, b) for (_, a), (_, b) in zip(tensors(few), tensors(fewer))):
-        found.append((fewer, _parts(fewer)))
+    for value in sorted(ignored):
+        if value != IGNORED and not any(bool((t == value).any()) for t in labels):
+            continue
+        fewer = _with(few, _fewer, value)
+        if any(not torch.equal(a, b) for (_, a), (_, b) in zip(tensors(few), tensors(fewer))):
+            found.append((fewer, _parts(fewer)))
     return found
+
+
+def _with(batch: Any, change: Callable[[Tensor, int], Tensor], value: int) -> Any:
+    """The batch with its sequences of labels changed."""
+
+    def changed(path: Path, leaf: Any) -> Any:
+        sequence = path and _is_label(path[-1]) and isinstance(leaf, Tensor) and leaf.dim() > 1
+        return change(leaf, value) if sequence and not leaf.is_floating_point() else leaf
+
+    return mapped(batch, changed)
+
+
+def _only(labels: Tensor, part: int) -> Tensor:
+    """The first third of the labels that count, or the others."""
+    labels = labels.clone()
+    flat = labels.view(-1)
+    counted = (flat != IGNORED).nonzero()[:, 0]
+    third = len(counted) // 3
+    flat[counted[third:] if part == 0 else counted[:third]] = IGNORED
+    return labels
 
 
 def _labels_of(batch: Any, row: int) -> int:
@@ -203,15 +234,13 @@ def _parts(few: Any) -> list[Any]:
     return [take(few, [0]), take(few, range(1, rows))]
 
 
-def _with_fewer_labels(labels: Any) -> Any:
-    """The first example with its last third of labels only."""
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dim() < 2 or labels.shape[0] < 2:
-        return labels
-    counted = (labels[0].reshape(-1) != IGNORED).nonzero()[:, 0]
-    if len(counted) < 3:
+def _fewer(labels: Tensor, value: int) -> Tensor:
+    """The first example with its last third of labels only, the others set to `value`."""
+    counted = ((labels[0].reshape(-1) != IGNORED) & (labels[0].reshape(-1) != value)).nonzero()[:, 0]
+    if len(counted) < 3 or labels.shape[0] < 2:
         return labels
     labels = labels.clone()
-    labels[0].view(-1)[counted[: -max(len(counted) // 3, 1)]] = IGNORED
+    labels[0].view(-1)[counted[: -max(len(counted) // 3, 1)]] = value
     return labels
 
 

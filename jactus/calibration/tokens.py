@@ -233,7 +233,7 @@ class Evidence:
             return None, 0.0  # one row an example, e.g. a pooled vector
         if whole == sum(counts) and self._untouched(call):
             return None, 0.0  # another tower's rows
-        found: list[tuple[int, float, tuple[Path, str]]] = []
+        found: list[tuple[tuple[bool, int, int, float], tuple[Path, str]]] = []
         for path, mask in self.pair_masks.items():
             for order, way in enumerate(WAYS):
                 laid = lay(mask, way, x.shape[:-1], self.model)
@@ -242,11 +242,13 @@ class Evidence:
                     continue
                 error = _difference(x, laid, alone, parts, mask, way)  # type: ignore[arg-type]
                 if error is not None:
-                    found.append((order if error <= SAME else len(WAYS), error, (path, way)))
+                    # of two ways under which the rows agree, that which leaves out less: both may be parts of a third's
+                    found.append(((error > SAME, -int(laid.sum()), order, error), (path, way)))
         if found:
-            order, error, rule = min(found, key=lambda known: known[:2])
+            best, rule = min(found)
+            error = best[-1]
             if error <= SIMILAR:
-                alike = {way[0] for o, e, way in found if o == order and e <= SAME} - {rule[0]}
+                alike = {other[0] for key, other in found if key[:3] == best[:3] and not key[0]} - {rule[0]}
                 self.unsure |= {(rule[0], path) for path in alike}
                 return rule, error
         return (None, 0.0) if whole == sum(counts) else ("none", 1.0)
@@ -284,7 +286,7 @@ def _cut_mask(mask: Tensor, rows: int, row: int) -> Tensor:
     return own[:, own.any(0)]
 
 
-WAYS = ("batch first", "sequence first", "before more", "after more", "its first", "its last", "in frames")
+WAYS = ("batch first", "sequence first", "after more", "its first", "its last", "in frames")
 
 
 def lay(mask: Tensor, way: str, lead: torch.Size, model: nn.Module) -> Tensor | None:
@@ -300,8 +302,6 @@ def lay(mask: Tensor, way: str, lead: torch.Size, model: nn.Module) -> Tensor | 
     if len(lead) != 2 or lead[0] != B:
         return None
     more = lead[1] - T
-    if way == "before more" and more > 0:  # padded further by the model
-        return torch.cat([mask, mask.new_zeros(B, more)], 1).reshape(-1)
     if way == "after more" and more > 0:  # rows of its own in front
         return torch.cat([mask.new_ones(B, more), mask], 1).reshape(-1)
     if way == "its first" and more < 0:

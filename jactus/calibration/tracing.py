@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..model.families import HEADS, inner_models
 from ..model.targets import Target
 
 Call = tuple[str, int]  # a layer's name, and which of its calls in a forward
@@ -15,11 +16,13 @@ Call = tuple[str, int]  # a layer's name, and which of its calls in a forward
 @dataclass
 class Trace:
     """inputs: what each call was given, (…, n), as it was then; owners: for each layer the first one that was given the very
-    same tensors; outputs: of layers whose last output is what the model returns, names."""
+    same tensors; outputs: of layers whose last output is what the model returns, names; not_heads: modules of a plain
+    model that are called like a head, and whose output is not."""
 
     inputs: dict[Call, Tensor] = field(default_factory=dict)
     owners: dict[str, str] = field(default_factory=dict)
     outputs: tuple[str, ...] = ()
+    not_heads: tuple[str, ...] = ()
 
     def rows(self, call: Call) -> int:
         """How many rows a call was given; 0 for one that was not made."""
@@ -52,10 +55,12 @@ def trace(model: nn.Module, targets: dict[str, Target], run: Callable[[], Any]) 
         return lambda module, args, output: last.update({name: output})
 
     handles = [model.register_forward_hook(lambda module, args, output: returned.append(output))]
+    heads = {} if inner_models(model) else {n: m for n, m in model.named_children() if n in HEADS}
     try:
         for name, target in targets.items():
             handles.append(target.module.register_forward_pre_hook(before(name), with_kwargs=True))
             handles.append(target.module.register_forward_hook(after(name)))
+        handles += [head.register_forward_hook(after(name)) for name, head in heads.items()]
         run()
     finally:
         for handle in handles:
@@ -63,7 +68,9 @@ def trace(model: nn.Module, targets: dict[str, Target], run: Callable[[], Any]) 
     groups: dict[tuple[int, ...], str] = {}
     found.owners = {name: groups.setdefault(tuple(map(id, xs)), name) for name, xs in seen.items()}
     ends = {t.data_ptr() for output in returned for t in logits_in(output)}
-    found.outputs = tuple(name for name, y in last.items() if isinstance(y, Tensor) and y.data_ptr() in ends)
+    returns = {name for name, y in last.items() if isinstance(y, Tensor) and y.data_ptr() in ends}
+    found.outputs = tuple(name for name in targets if name in returns)
+    found.not_heads = tuple(name for name in heads if ends and name not in returns)
     return found
 
 

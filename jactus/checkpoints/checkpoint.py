@@ -1,6 +1,7 @@
 """Save a compressed model so that `from_pretrained` reloads it, and swap the cores of one task for another's."""
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -19,7 +20,9 @@ from ..model.lowrank import compressed_layers, core_layers
 from ..model.targets import fingerprint
 from . import storage
 from .quantizer import file_digest, own_name, record
+from .reload import check_files
 
+logger = logging.getLogger("jactus")
 # What transformers calls its weight files; anything else in a directory is the user's.
 WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
@@ -44,6 +47,7 @@ def save_pretrained(model: PreTrainedModel, directory: str | os.PathLike, **kwar
         directory.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=".saving-", dir=directory))
         model.save_pretrained(partial, **{"state_dict": _with_tripwires(model), **kwargs})
+        check_files(model, partial)
         _add_digests(partial)
         for file in partial.iterdir():
             with file.open("rb") as handle:
@@ -80,14 +84,15 @@ def _add_digests(directory: Path) -> None:
 
 
 def save_cores(model: nn.Module, path: str | os.PathLike) -> None:
-    """Write what trains (cores, head, …) to one file: a task on top of shared bases. A model frozen since is written whole.
+    """Write what trains (cores, head, …) and what training changes besides (running statistics) to one file: a task on top of
+    shared bases. A model frozen since is written whole.
 
     Raises JactusError when the model has no three-factor layer, or the disk refuses.
     """
     bases = _bases(model)
     names = _task_names(model) | set(head_parameters(model))
     tensors = {name: p.detach() for name, p in model.named_parameters() if name in names}
-    storage.write(path, "cores", tensors, {"bases": bases})
+    storage.write(path, "cores", tensors | _state(model), {"bases": bases, "state": sorted(_state(model))})
 
 
 @torch.no_grad()
@@ -105,12 +110,17 @@ def load_cores(model: nn.Module, path: str | os.PathLike) -> None:
                 f"{path} does not fit: its cores belong to other bases than this model has in {name}; load it into the "
                 "model it was saved from, or one compressed with the same plan"
             )
-    parameters = dict(model.named_parameters())
+    parameters: dict[str, torch.Tensor] = dict(model.named_parameters()) | _state(model)
+    if _state(model) and "state" not in meta:
+        logger.warning(
+            "%s was written before running statistics were kept with cores: those of %s stay as they are",
+            path, next(iter(_state(model))),
+        )  # fmt: skip
     for name, tensor in tensors.items():
         if name not in parameters or parameters[name].shape != tensor.shape:
             there = tuple(parameters[name].shape) if name in parameters else "nothing"
             raise JactusError(f"{path} does not fit: {name} is {tuple(tensor.shape)} there and {there} in this model")
-    missing = sorted(_task_names(model) - set(tensors))
+    missing = sorted((_task_names(model) | (set(_state(model)) if "state" in meta else set())) - set(tensors))
     if missing:
         raise JactusError(
             f"{path} does not fit: it has no {missing[0]} (nor {len(missing) - 1} others), which would stay another task's; "
@@ -118,6 +128,12 @@ def load_cores(model: nn.Module, path: str | os.PathLike) -> None:
         )
     for name, tensor in tensors.items():
         parameters[name].copy_(tensor)
+
+
+def _state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What training changes and is no parameter: the running statistics of normalisations, and whatever else is saved."""
+    saved = model.state_dict().keys()
+    return {name: buffer for name, buffer in model.named_buffers() if name in saved}
 
 
 def _task_names(model: nn.Module) -> set[str]:

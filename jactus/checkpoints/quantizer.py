@@ -4,6 +4,7 @@ The route is transformers' registered quantisers: config.json carries which laye
 quantiser puts such layers into the empty model before its weights are read. Afterwards the model is an ordinary one.
 """
 
+import logging
 import math
 import os
 import re
@@ -12,6 +13,9 @@ from typing import Any
 import torch
 import xxhash
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -21,6 +25,7 @@ from jactus_kernels import JactusError
 from ..model.lowrank import CoreLinear, FoldedLinear, LowRankLinear, compressed_layers, replace_module
 from ..model.targets import looks_linear
 
+logger = logging.getLogger("jactus")
 METHOD = "jactus"
 FORMAT = 1
 
@@ -89,8 +94,26 @@ def record(model: nn.Module) -> None:
         return
     if compressed_layers(model):
         config.quantization_config = describe(model)
+        _save_names_as_they_are(model)
     elif hasattr(config, "quantization_config"):
         del config.quantization_config
+        if KEPT in vars(model):
+            model._weight_conversions = vars(model).pop(KEPT)
+
+
+KEPT = "_jactus_weight_conversions"
+
+
+def _save_names_as_they_are(model: nn.Module) -> None:
+    """Some families are saved with layers fused (q, k and v to one weight), which factors of different ranks cannot be: their
+    files then have a name for each layer, as the model in memory has. A dense model is saved as ever."""
+    if KEPT in vars(model) or not isinstance(model, PreTrainedModel):
+        return
+    found = getattr(model, "_weight_conversions", None)
+    conversions = get_model_conversion_mapping(model, add_legacy=False) if found is None else found
+    if any(isinstance(c, WeightConverter) for c in conversions):
+        vars(model)[KEPT] = found
+        vars(model)["_weight_conversions"] = []
 
 
 @register_quantizer(METHOD)
@@ -101,17 +124,8 @@ class JactusQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         self._check_files(kwargs.get("checkpoint_files") or [])
-        for name, kept in self.quantization_config.layers.items():
-            own = own_name(model, name)
-            old = model.get_submodule(own) if own is not None else None
-            m, n = kept["m"], kept["n"]
-            expected = [n, m] if kept["transposed"] else [m, n]
-            if own is None or old is None or not looks_linear(old) or list(old.weight.shape) != expected:
-                raise JactusError(
-                    f"the checkpoint is of another model: it has a low-rank layer {name} ({m}×{n}), and "
-                    f"{type(model).__name__} has {'none of that name' if old is None else old} there"
-                )
-            replace_module(model, own, skeleton(kept))
+        saved = getattr(model.config, "architectures", None) or []
+        put(model, self.quantization_config.layers, partly=type(model).__name__ not in saved)
         tripwires = "|".join(re.escape(name) for name in compressed_layers(model))
         model._keys_to_ignore_on_load_unexpected |= {rf"^({tripwires})\.weight$"}
 
@@ -151,6 +165,32 @@ class JactusQuantizer(HfQuantizer):
     @property
     def is_qat_trainable(self) -> bool:
         return True
+
+
+def put(model: nn.Module, layers: dict[str, dict[str, Any]], partly: bool = False) -> None:
+    """Put empty low-rank layers where a record has them. `partly`: what the model has no place for (another head's pooler, the
+    decoder of an encoder) is left out, as transformers leaves out weights. Raises JactusError where a layer has no place, or one
+    of another kind."""
+    places = {name: own_name(model, name) for name in layers}
+    for name, kept in layers.items():
+        own = places[name]
+        old = model.get_submodule(own) if own is not None else None
+        m, n = kept["m"], kept["n"]
+        expected = [n, m] if kept["transposed"] else [m, n]
+        other = old is not None and (not looks_linear(old) or list(old.weight.shape) != expected)  # type: ignore[arg-type]
+        if other or (own is None and not (partly and any(places.values()))):
+            raise JactusError(
+                f"the checkpoint is of another model: it has a low-rank layer {name} ({m}×{n}), and "
+                f"{type(model).__name__} has {'none of that name' if old is None else old} there"
+            )
+    for name, kept in layers.items():
+        if (own := places[name]) is not None:
+            replace_module(model, own, skeleton(kept))
+    if left_out := [name for name, own in places.items() if own is None]:
+        logger.warning(
+            "%s has no place for %d of %d low-rank layers of the checkpoint, e.g. %s: they are left out",
+            type(model).__name__, len(left_out), len(layers), left_out[0],
+        )  # fmt: skip
 
 
 def _refuse_missing(model: nn.Module) -> None:

@@ -33,13 +33,13 @@ def outside_base(model: nn.Module) -> set[str]:
         # a model that is its own base, such as CLIPForImageClassification
         heads = {id(m) for name, m in own.named_modules() if name.split(".")[0] in HEADS}
         inside |= {id(m) for m in own.modules()} - heads
-    if inner:
+    if not inner:
+        names = {name for name, _ in model.named_modules() if name.split(".")[0] in HEADS}
+    else:
         around = {
             id(m) for name, m in model.named_modules() if any(n.startswith(f"{name}.") or not name for n in inner)
         }
         names = {name for name, m in model.named_modules() if name and id(m) not in inside and id(m) not in around}
-    else:
-        names = {name for name, _ in model.named_modules() if name.split(".")[0] in HEADS}
     embedding = output_embedding(model)
     return names | {name for name, m in model.named_modules() if m is embedding and m is not None}
 

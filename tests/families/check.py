@@ -11,7 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import jactus
-from jactus import JactusConfig, JactusError
+from jactus import Allocation, JactusConfig, JactusError
 
 from .inputs import Data
 from .oracle import Double, Sums, Truth, difference, truth
@@ -37,14 +37,13 @@ def configs(exclude: tuple[str, ...] = ()) -> dict[str, JactusConfig]:
     common = JactusConfig(
         union=("weight", "covariance", "gradient"),
         union_share=0.25,
-        statistics_dtype="float64",
-        rank_multiple=1,
+        allocation=Allocation(rank_multiple=1),
         exclude_modules=exclude,
     )
     return {
         "statistics": common,
         "full": common.replace(accounting="folded", full_rank=True, budget=1.0),
-        "low": common.replace(budget=0.6, leave_dense=False, rank_floor=2),
+        "low": common.replace(budget=0.6, leave_dense=False, rank_floor=2, uniform_part=0.0),
     }
 
 
@@ -212,7 +211,9 @@ def judge(case: Data, model: nn.Module, own: Own, names: tuple, result: Result, 
 
 def _calibrate(case: Data, model: nn.Module, batches: list[Any], chosen: dict[str, JactusConfig]) -> jactus.Statistics:
     with Double():
-        return jactus.calibrate(model, batches, chosen["statistics"], loss=case.loss, progress=False)
+        return jactus.calibrate(
+            model, batches, chosen["statistics"], loss=case.loss, statistics_dtype="float64", progress=False
+        )
 
 
 def _compare(statistics: jactus.Statistics, want: Truth, own: Own, case: Data, how: str) -> None:

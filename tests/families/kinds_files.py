@@ -92,7 +92,9 @@ def _logits(model: nn.Module, batch: dict) -> Tensor:
 
 def _compressed(model: nn.Module, data: Data) -> nn.Module:
     chosen = configs()
-    statistics = jactus.calibrate(model, data.together, chosen["statistics"], loss=data.loss, progress=False)
+    statistics = jactus.calibrate(
+        model, data.together, chosen["statistics"], loss=data.loss, statistics_dtype="float64", progress=False
+    )
     return jactus.compress(model, jactus.plan(model, statistics, chosen["low"], progress=False))
 
 

@@ -31,7 +31,9 @@ def left_padded() -> Result:
     terms = int((batch["labels"][:, 1:] != -100).sum())
     try:
         with Double():
-            statistics = jactus.calibrate(model, [batch], configs()["statistics"], progress=False)
+            statistics = jactus.calibrate(
+                model, [batch], configs()["statistics"], statistics_dtype="float64", progress=False
+            )
     except JactusError as e:
         return judged("", model, [], str(e))
     names = list(statistics.layers)
@@ -97,7 +99,14 @@ def reward() -> Any:
             e[f"input_ids_{side}"] = ids(g, size)
             e[f"attention_mask_{side}"] = torch.ones(1, size, dtype=torch.long)
         alone.append(e)
-    return model, Data(alone, [1] * 4, ragged=True, loss=preference, summed=lambda m, b, terms: preference(m, b).sum())
+    return model, Data(
+        alone,
+        [1] * 4,
+        ragged=True,
+        loss=preference,
+        summed=lambda m, b, terms: preference(m, b).sum(),
+        forward=lambda m, b: preference(m, b),
+    )
 
 
 @kind("clip-17", "text as long as there are patches: the text's mask is not the image's")

@@ -82,7 +82,9 @@ def _refuses(model: nn.Module, wrap: Any) -> Result:
     data = plain_data(model, 16)
     config = configs()["statistics"]
     try:
-        statistics = jactus.calibrate(model, data.alone, config, loss=data.loss, progress=False)
+        statistics = jactus.calibrate(
+            model, data.alone, config, loss=data.loss, statistics_dtype="float64", progress=False
+        )
         before = model(**data.together[0]).detach()
         jactus.compress(model, jactus.plan(model, statistics, configs()["full"], progress=False))
         after = model(**data.together[0]).detach()
@@ -142,7 +144,9 @@ class Backbone(nn.Module):
 def inner_names() -> Any:
     model = plain(Backbone())
     data = plain_data(model, 16)
-    statistics = jactus.calibrate(model, data.alone, configs()["statistics"], loss=data.loss, progress=False)
+    statistics = jactus.calibrate(
+        model, data.alone, configs()["statistics"], loss=data.loss, statistics_dtype="float64", progress=False
+    )
     missing = [n for n in ("fc", "head", "out", "classifier", "score") if f"blocks.0.{n}" not in statistics.layers]
     if missing:
         return judged("", model, [f"{missing} are taken for heads"])
@@ -158,7 +162,9 @@ def top_names() -> Any:
     model = plain(Top())
     data = plain_data(model, 16)
     try:
-        statistics = jactus.calibrate(model, data.alone, configs()["statistics"], loss=data.loss, progress=False)
+        statistics = jactus.calibrate(
+            model, data.alone, configs()["statistics"], loss=data.loss, statistics_dtype="float64", progress=False
+        )
     except JactusError as e:
         return judged("", model, [], str(e))
     missing = [n for n in ("fc", "head", "out", "classifier", "score") if n not in statistics.layers]
@@ -226,9 +232,9 @@ def hf_hook_scaling() -> Result:
         def post_forward(self, module: nn.Module, output: Tensor) -> Tensor:
             return 2 * output
 
-    return _refuses(
-        plain(Sequence(nn.Linear(16, 24), nn.GELU(), nn.Linear(24, 16))), lambda m: add_hook_to_module(m, Doubles())
-    )
+    model = plain(Sequence(nn.Linear(16, 24), nn.GELU(), nn.Linear(24, 16)))
+    add_hook_to_module(model.layers[0], Doubles())
+    return model, plain_data(model, 16)
 
 
 @kind("called-twice", "a layer called twice in a forward: both calls count")
