@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from .. import report
+from . import families
 from .figures import SHORT, demo_of, matching, span
 from .tables import RESULTS, Line, one_line, one_table
 
@@ -243,6 +244,7 @@ def llama_sums() -> str:
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
+    "families": families.block,
     "headline": headline,
     "text": functools.partial(selected, *SHORT["text"], TEXT_SHOWN, TEXT_COLUMNS),
     "images": functools.partial(selected, *SHORT["images"], IMAGES_SHOWN, IMAGES_COLUMNS),

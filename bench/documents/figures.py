@@ -11,6 +11,7 @@ from jactus_kernels import JactusError
 
 from ..accuracy.tasks import TASKS, TEXT
 from ..cost.figures import TARGETS
+from . import families
 from .tables import RESULTS, Line, cell, full, one_table, tables
 
 # A table by a short name: `<!--=lead jactus@80% lora-->` is a cell of the second.
@@ -138,6 +139,7 @@ def demo_of(name: str) -> dict:
 KINDS: dict[str, Callable[..., str]] = {
     **{kind: functools.partial(cell, *table) for kind, table in SHORT.items()},
     "ratio": ratio,
+    "families": lambda *what: families.counted(" ".join(what)),
     "span": span,
     "floor": functools.partial(span, column="floor"),
     "h100-ratio": functools.partial(ratio, file="h100/cost.md"),

@@ -11,7 +11,6 @@ from .figures import figure
 from .tables import FULL, RESULTS, full
 
 DOCUMENTS = ("README.md", "LOG.md", "CHANGELOG.md", "CONTRIBUTING.md", *sorted(map(str, Path("docs").rglob("*.md"))))
-ELSEWHERE = ("families",)  # blocks that another command writes
 
 CODE = re.compile(r"```.*?```|`[^`\n]*`", re.DOTALL)
 BLOCK = re.compile(r"(<!-- begin: (\S+) -->\n?).*?(<!-- end: (\S+) -->)", re.DOTALL)
@@ -33,8 +32,6 @@ def rewritten(text: str) -> str:
         begin, name, end, closed = found.groups()
         if name != closed:
             raise JactusError(f"a block begins as {name!r} and ends as {closed!r}")
-        if name in ELSEWHERE:
-            return found[0]
         if name not in BLOCKS:
             raise JactusError(f"there is no block {name!r}, but {sorted(BLOCKS)}")
         return f"{begin}\n{BLOCKS[name]()}\n\n{end}"

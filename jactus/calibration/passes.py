@@ -15,6 +15,7 @@ from jactus_kernels import JactusError
 from ..config import JactusConfig
 from ..model.families import output_embedding
 from ..model.targets import Target, find_targets
+from .cache import Cache
 from .checks import check_forwards
 from .examples import singles, size, take, to_device
 from .losses import Loss, LossSum
@@ -159,7 +160,7 @@ def _one_pass(
     recorder = Recorder(targets, config, sums, statistics, tokens)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     index = -1
-    with frozen_eval(model), recorder.hooks():
+    with frozen_eval(model), recorder.hooks(), Cache(model) as cache:
         label = "calibrating" if number == 0 else f"calibrating, pass {number + 1}"
         for index, batch in enumerate(tqdm(batches, label, unit="batch", disable=not progress)):
             snapshots.see(batch)
@@ -169,7 +170,7 @@ def _one_pass(
                 continue
             batch = to_device(batch, device)
             if tokens.first is None:
-                statistics.outputs = _look(model, targets, batch, losses, tokens, number, index, verify)
+                statistics.outputs = _look(model, targets, batch, losses, tokens, cache, index, verify)
             tokens.begin(batch, index)
             for part_of in _alone(batch, index, tokens) if tokens.alone else (batch,):
                 if tokens.alone:
@@ -198,15 +199,22 @@ def _look(
     batch: Any,
     losses: LossSum,
     tokens: Tokens,
-    number: int,
+    cache: Cache,
     index: int,
     verify: bool,
 ) -> tuple[str, ...]:
     """What the first batch shows, before anything is summed; returns the layers that compute the model's answer."""
     masks_of(model, batch, index)  # refuses what is no mask of padding before the model is run on it
+    cache.decide(batch, losses.value)
     losses.prepare(batch, index)
     tokens.begin(batch, index)
     assert tokens.first is not None
+    for name in tokens.first.changed:
+        raise JactusError(
+            f"{targets[name]}: another tool replaced its forward by one that gives something else than the layer itself, so what its "
+            "output's gradient says of the weight cannot be told; take that hook away (accelerate: remove_hook_from_module), or "
+            "exclude the layer"
+        )
     for name in tokens.first.not_heads if verify else ():
         raise JactusError(
             f"{name} is called like a task head, and is not the layer that computes what {type(model).__name__} returns; whether "
@@ -236,22 +244,15 @@ def _alone(batch: Any, index: int, tokens: Tokens) -> Iterator[Any]:
 
 @contextmanager
 def frozen_eval(model: nn.Module) -> Iterator[None]:
-    """No dropout, no parameter gradients, no checkpointing (which runs layers twice), no cache of keys and values (with one,
-    transformers does not see that sequences are packed); all put back at the end."""
+    """No dropout, no parameter gradients, no checkpointing (which runs layers twice); all put back at the end."""
     training = [m for m in model.modules() if m.training]
     trainable = [p for p in model.parameters() if p.requires_grad]
-    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
-    caching = [c for c in configs.values() if getattr(c, "use_cache", None) is True]
     try:
         model.eval()
         for p in trainable:
             p.requires_grad_(False)
-        for c in caching:
-            c.use_cache = False
         yield
     finally:
-        for c in caching:
-            c.use_cache = True
         for m in training:
             m.training = True
         for p in trainable:

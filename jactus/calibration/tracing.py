@@ -17,12 +17,14 @@ Call = tuple[str, int]  # a layer's name, and which of its calls in a forward
 class Trace:
     """inputs: what each call was given, (…, n), as it was then; owners: for each layer the first one that was given the very
     same tensors; outputs: of layers whose last output is what the model returns, names; not_heads: modules of a plain
-    model that are called like a head, and whose output is not."""
+    model that are called like a head, and whose output is not; changed: layers whose forward another tool replaced, and gives
+    something else than the layer's own."""
 
     inputs: dict[Call, Tensor] = field(default_factory=dict)
     owners: dict[str, str] = field(default_factory=dict)
     outputs: tuple[str, ...] = ()
     not_heads: tuple[str, ...] = ()
+    changed: list[str] = field(default_factory=list)
 
     def rows(self, call: Call) -> int:
         """How many rows a call was given; 0 for one that was not made."""
@@ -52,15 +54,22 @@ def trace(model: nn.Module, targets: dict[str, Target], run: Callable[[], Any]) 
         return hook
 
     def after(name: str) -> Callable:
-        return lambda module, args, output: last.update({name: output})
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+            last[name] = output
+            if name in targets and "forward" in vars(module):  # e.g. accelerate's
+                own = type(module).forward(module, input_of(args, kwargs))
+                if not torch.allclose(own, output, rtol=1e-3, atol=1e-3 * float(own.abs().max())):
+                    found.changed.append(name)
+
+        return hook
 
     handles = [model.register_forward_hook(lambda module, args, output: returned.append(output))]
     heads = {} if inner_models(model) else {n: m for n, m in model.named_children() if n in HEADS}
     try:
         for name, target in targets.items():
             handles.append(target.module.register_forward_pre_hook(before(name), with_kwargs=True))
-            handles.append(target.module.register_forward_hook(after(name)))
-        handles += [head.register_forward_hook(after(name)) for name, head in heads.items()]
+            handles.append(target.module.register_forward_hook(after(name), with_kwargs=True, prepend=True))
+        handles += [head.register_forward_hook(after(name), with_kwargs=True) for name, head in heads.items()]
         run()
     finally:
         for handle in handles:

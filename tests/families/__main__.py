@@ -1,6 +1,7 @@
 """Run the lane: `python -m tests.families [--only REGEX] [--jobs 2] [--out table.md] [--json rows.json]`."""
 
 import argparse
+import csv
 import json
 import re
 import sys
@@ -22,6 +23,7 @@ def main() -> int:
     parser.add_argument("--limit", type=float, default=60.0, help="seconds for one architecture")
     parser.add_argument("--out", type=Path, help="write a Markdown table there")
     parser.add_argument("--json", type=Path, help="write all results there")
+    parser.add_argument("--write", action="store_true", help="keep the rows, for docs/limits.md")
     parser.add_argument("--list", action="store_true", help="only say what would run")
     args = parser.parse_args()
     from .entries import names
@@ -45,6 +47,8 @@ def main() -> int:
         args.out.write_text(table(results, line), encoding="utf-8")
     if args.json:
         args.json.write_text(json.dumps([asdict(r) for r in results], indent=1) + "\n", encoding="utf-8")
+    if args.write:
+        keep(results, line)
     return 1 if any(r.status == "FAIL" for r in results) or not results else 0
 
 
@@ -53,6 +57,16 @@ def summary(results: list[Result], seconds: float) -> str:
     types = {r.name.partition(":")[2] for r in results if r.status != "not tried" and not r.name.startswith("kind:")}
     parts = ", ".join(f"{counts[s]} {s}" for s in STATUSES)
     return f"{len(results)} entries of {len(types)} model types tried: {parts}; {seconds:.0f} s"
+
+
+def keep(results: list[Result], line: str) -> None:
+    """The rows that the documents count, and the whole table."""
+    with Path("bench/results/families.csv").open("w", newline="", encoding="utf-8") as file:
+        out = csv.writer(file, lineterminator="\n")
+        out.writerow(("name", "kind", "result", "reason", "notes"))
+        for r in sorted(results, key=lambda r: r.name):
+            out.writerow((r.name, r.kind, r.status, " ".join(r.reason[:500].split()), "; ".join(r.notes)[:300]))
+    Path("bench/results/families.md").write_text(table(results, line), encoding="utf-8")
 
 
 def table(results: list[Result], line: str) -> str:

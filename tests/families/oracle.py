@@ -89,9 +89,12 @@ def _add(a: Sums, b: Sums) -> Sums:
 def _watch(module: nn.Module, inputs: list[Tensor], zeros: list[Tensor]) -> list[Any]:
     def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
         x = args[0] if args else kwargs["input"]
-        inputs.append(x.detach().clone())  # the model may overwrite it
+        if torch.is_grad_enabled():  # what is computed without gradients is no part of the loss
+            inputs.append(x.detach().clone())  # the model may overwrite it
 
     def after(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return output
         zero = torch.zeros_like(output, requires_grad=True)
         zeros.append(zero)
         return output + zero

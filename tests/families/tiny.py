@@ -50,7 +50,7 @@ VOCABULARIES = "vocab_size vocab_size_per_layer_input src_vocab_size tgt_vocab_s
 FEW = "num_experts num_local_experts n_routed_experts moe_num_experts time_step_rank rotary_dim num_frames block_size"
 TWO = "num_experts_per_tok moe_k tubelet_size type_vocab_size zero_expert_num moe_topk top_k_experts"
 ONE = "n_shared_experts n_group topk_group first_k_dense_replace mamba_n_groups n_groups"
-NONE_AT_ALL = """layerdrop encoder_layerdrop decoder_layerdrop drop_path_rate hidden_dropout_prob hidden_dropout
+NONE_AT_ALL = """layerdrop speech_encoder_layerdrop encoder_layerdrop decoder_layerdrop drop_path_rate hidden_dropout_prob hidden_dropout
     attention_dropout attention_probs_dropout_prob mask_time_prob mask_feature_prob router_jitter_noise"""
 SIZES: dict[str, Any] = {
     **dict.fromkeys(WIDTHS.split(), WIDTH),

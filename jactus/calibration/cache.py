@@ -1,0 +1,60 @@
+"""With or without a decoder's cache of keys and values: the function that training runs."""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from .examples import size, take, tensors
+
+logger = logging.getLogger("jactus")
+SAME = {8: 1e-6, 4: 1e-4, 2: 3e-2}  # by the size of a parameter's element
+
+
+class Cache:
+    """The cache is off inside the block, as memory goes, where that changes nothing. Where it does, it is off for packed
+    sequences, which transformers does not see when there is a cache, and else as the model's config says."""
+
+    def __init__(self, model: nn.Module) -> None:
+        configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+        self.model = model
+        self.on = [c for c in configs.values() if getattr(c, "use_cache", None) is True]
+
+    def __enter__(self) -> "Cache":
+        self._set(False)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._set(True)
+
+    def _set(self, use: bool) -> None:
+        for config in self.on:
+            config.use_cache = use
+
+    def decide(self, batch: Any, value: Callable[[Any], float]) -> None:
+        """Look at the loss of an example with and without a cache."""
+        if not self.on:
+            return
+        few = batch if size(batch) is None else take(batch, [0])
+        without = value(few)
+        self._set(True)
+        within = value(few)
+        least = min((p.element_size() for p in self.model.parameters() if p.is_floating_point()), default=4)
+        differs = abs(within - without) > SAME.get(least, 1e-4) * abs(without)
+        if not differs or packed(batch):
+            self._set(False)
+        if differs:
+            logger.warning(
+                "the loss of %s is %.6g with a cache of keys and values and %.6g without: calibrated %s; train it so too",
+                type(self.model).__name__, within, without, "without, since sequences are packed" if packed(batch) else "with it",
+            )  # fmt: skip
+
+
+def packed(batch: Any) -> bool:
+    """Whether positions start anew within an example: several sequences in one."""
+    for path, t in tensors(batch):
+        if path and path[-1] == "position_ids" and t.dim() >= 2 and bool((torch.diff(t, dim=-1) < 0).any()):
+            return True
+    return False
