@@ -1,4 +1,15 @@
-"""JACTUS: make a pretrained transformer smaller and task-adapted in one step."""
+"""JACTUS: make a pretrained transformer smaller and task-adapted in one step.
+
+A room for each step of the method, from the ground up; each folder's docstring says where to begin:
+
+    options, config    everything that can be chosen
+    model/             which layers are targets; the low-rank layers that take their place
+    checkpoints/       files: what is written, and how from_pretrained reads it back
+    calibration/       step 1: covariances of every layer from a few batches
+    planning/          steps 2 to 4: directions, their union, a rank for every layer
+    compression/       steps 5 and 6: put the factors in, choose what trains, fold, merge
+    pipeline           the one line, `adapt`; cli, report: on top of all
+"""
 
 from jactus_kernels import JactusError
 

@@ -180,6 +180,11 @@ def _one_pass(
                     total, terms = losses.of(part_of, index, recorder.blame)
                     recorder.between()
                     if recorder.backward:
+                        if not total.requires_grad:
+                            raise JactusError(
+                                f"batch {index}: the loss of {type(model).__name__} depends on none of the {len(part)} target "
+                                f"layers (the first is {part[0]}): it is detached, made under torch.no_grad(), or of other layers"
+                            )
                         (total * sums.loss_scale).backward()
                 statistics.terms += terms
                 recorder.end()

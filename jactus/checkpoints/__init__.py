@@ -2,5 +2,6 @@
 
 In: a compressed model, or tensors with a JSON header. Out: folders that transformers reads after `import jactus`, files of
 cores, and the one file format of statistics, plans and snapshots. Begin in `checkpoint.py` (save a model, swap cores);
-`quantizer.py` is the reload, `storage.py` the file format.
+`quantizer.py` has what config.json says of the layers, and the reload; `reload.py` checks that what was
+written can be read, `storage.py` is the file format.
 """

@@ -116,6 +116,9 @@ def text(task: str, model: nn.Module, lengths: tuple[int, ...], mask: bool = Tru
             e["end_positions"] = torch.randint(3, 5, (1,), generator=g)
         elif task == "MASKED_LM":
             e["labels"] = x.masked_fill(torch.arange(length) % 3 != 1, -100)
+            e["labels"][:, -1] = x[
+                :, -1
+            ]  # what a decoder is given after its last label reaches no loss, and is no token
             count = int((e["labels"] != -100).sum())
         elif task == "CAUSAL_LM":
             e["labels"] = x.clone()
