@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: demo demo-lm bench test lint clean kernels-check gpu
+.PHONY: demo demo-lm bench test lint clean kernels-check gpu families
 
 $(VENV)/.ready: setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -31,6 +31,12 @@ lint: $(VENV)/.ready
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy jactus jactus_kernels
+
+# Every architecture of the installed transformers that can be made tiny, against an independent computation; ten minutes on two
+# cores. Writes what docs/limits.md says.
+families: $(VENV)/.ready
+	OMP_NUM_THREADS=1 $(PY) -m tests.families --jobs $(JOBS) --write
+	$(PY) -m bench.documents
 
 # The kernels without a GPU: the sanitiser, the planted faults and the compiler each in a process of its own, since they
 # patch the same modules. Triton versions live in folders of their own, beside the environment that has torch.

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -63,6 +64,14 @@ def _processor() -> str:
     info = Path("/proc/cpuinfo")
     found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
     return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def show(text: str) -> None:
+    """Print, to a reader who may have seen enough (`… table | head`)."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is flushed into nothing
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

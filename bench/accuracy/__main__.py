@@ -16,6 +16,7 @@ import torch
 
 from .. import rows as files
 from .. import runner
+from ..report import show
 from .cell import measure
 from .choice import Entry, lacks_untrained, wanted
 from .figures import plot, tables
@@ -41,7 +42,7 @@ def main() -> None:
     entries = [e for stage in args.stage or STAGES for e in STAGES[stage]()]
     entries = [e for e in entries if re.search(args.only, f"{e.task} {e.method} {e.budget}")]
     if args.do == "table":
-        print(tables(files.read(Row, args.results)))
+        show(tables(files.read(Row, args.results)))
     elif args.do == "plot":
         plot(files.read(Row, args.results), args.out)
     elif args.do == "list":

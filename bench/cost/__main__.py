@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import rows, runner
+from ..report import show
 from . import calibration, figures, files, growth, inference, planning, steps, subjects
 from .store import Growth, Memory, Row, Setting
 
@@ -71,7 +72,7 @@ def main() -> None:
         return
     compared, memory, grown = (rows.read(kind, args.results / kind.FILE) for kind in KINDS)
     if args.do == "table":
-        print(figures.tables(compared, memory, grown))
+        show(figures.tables(compared, memory, grown))
     else:
         figures.plot(compared, args.out)
 

@@ -28,7 +28,7 @@ class LossSum:
 
     def __init__(self, model: nn.Module, loss: Loss | None, verify: bool = True) -> None:
         self.model, self.loss = model, loss
-        self.terms = Terms(model, self.value, verify)
+        self.terms = Terms(model, self.scalar, verify)
 
     def of(self, batch: Any, index: int, blame: Callable[[int], None] | None = None) -> tuple[Tensor, int]:
         """The sum (a scalar with its graph) and the number of terms of batch number `index`.
@@ -67,10 +67,14 @@ class LossSum:
 
     def value(self, batch: Any) -> float:
         """The loss of a batch as one number, without a graph; of unreduced terms or a pair their sum."""
+        return float(self.scalar(batch))
+
+    def scalar(self, batch: Any) -> Tensor:
+        """The same as a tensor, in the dtype that the loss has."""
         with torch.no_grad():
             result = self._result(batch, -1)
         result = result[0] if isinstance(result, tuple) else result
-        return float(widened(result).sum())
+        return result if result.dim() == 0 else widened(result).sum()
 
     def _result(self, batch: Any, index: int) -> Any:
         if self.loss is None:

@@ -51,6 +51,8 @@ def suspects(batch: Any, known: Masks) -> list[tuple[Path, bool, Tensor]]:
         name = path[-1] if path else ""
         if path in known or name.endswith(("label", "labels")) or (mask := as_mask("", t)) is None:
             continue
+        if mask.shape[-1] == 1:  # one number an example
+            continue
         if bool(mask.all()) or not bool(mask.any()):
             continue
         found += [(path, negated, m) for negated, m in ((False, mask), (True, ~mask)) if bool(m.any(-1).all())]
@@ -59,7 +61,7 @@ def suspects(batch: Any, known: Masks) -> list[tuple[Path, bool, Tensor]]:
 
 def as_mask(name: str, t: Tensor) -> Tensor | None:
     """(B, T) bool of a tensor of zeros and ones; None of anything else. A bool `…padding_mask` is torch's: True is padding."""
-    if t.dim() not in (2, 3) or (t.dim() == 3 and t.shape[1] == t.shape[2]) or 1 in t.shape[-1:]:
+    if t.dim() not in (2, 3) or (t.dim() == 3 and t.shape[1] == t.shape[2]):
         return None
     if t.dtype != torch.bool and not bool(((t == 0) | (t == 1)).all()):
         return None
@@ -90,6 +92,12 @@ def cut(batch: Any, masks: Masks, row: int, model: nn.Module, drop: int = 0) -> 
     return mapped(alone, shorter)
 
 
+def shortened(batch: Any, masks: Masks) -> bool:
+    """Whether each mask has a tensor beside it that is cut where it leaves something out."""
+    with_tensors = {_owner(path, masks, False) for path, t in tensors(batch) if path not in masks and t.dim() > 1}
+    return all(path == DECODER or path[-1].startswith("decoder_") or path in with_tensors for path in masks)
+
+
 def _owner(path: Path, masks: Masks, two_sided: bool) -> Path | None:
     """The mask that speaks of a tensor: of the same kin by its name (`…_chosen`, `decoder_…`), or the only one beside it."""
     name = path[-1] if path else ""
@@ -99,9 +107,10 @@ def _owner(path: Path, masks: Masks, two_sided: bool) -> Path | None:
     beside = [m for m in masks if m != DECODER and m[:-1] == path[:-1]]
     kin = [m for m in beside if (affix := _affix(m[-1])) and affix in name]
     plain = [m for m in beside if not _affix(m[-1])]
-    return max(kin, key=lambda m: len(_affix(m[-1])), default=plain[0] if plain else None)
+    only = (plain or (beside if len(beside) == 1 else [])) or [None]  # type: ignore[list-item]
+    return max(kin, key=lambda m: len(_affix(m[-1])), default=only[0])
 
 
 def _affix(name: str) -> str:
     """What tells a mask from others of its kind: 'chosen' of attention_mask_chosen; '' of one with no such word."""
-    return re.sub(r"(attention|padding|input)_|mask", "", name).strip("_") if "mask" in name else ""
+    return re.sub(r"(attention|key|padding|input)_|mask", "", name).strip("_") if "mask" in name else ""

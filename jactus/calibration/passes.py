@@ -14,7 +14,7 @@ from jactus_kernels import JactusError
 
 from ..config import JactusConfig
 from ..model.families import output_embedding
-from ..model.targets import Target, find_targets
+from ..model.targets import Target, find_targets, refuse_absent
 from .cache import Cache
 from .checks import check_forwards
 from .examples import singles, size, take, to_device
@@ -68,6 +68,7 @@ def calibrate(
         raise JactusError("calibrate needs gradients and is called under torch.inference_mode(); call it outside")
     targets = find_targets(model, config)
     config = config.with_share(output_embedding(model) is not None)
+    refuse_absent(targets)
     for target in targets.values():
         if not torch.isfinite(target.weight).all():
             raise JactusError(f"{target} has weights that are not finite; the checkpoint is broken")

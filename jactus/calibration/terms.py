@@ -5,6 +5,7 @@ a mean over something: rows, labels, labels that are predicted one place before,
 is taken under which S = L · (number of terms) adds up over parts of a batch. Labels that are ignored need not be −100.
 """
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +15,10 @@ from torch import Tensor, nn
 
 from jactus_kernels import JactusError
 
-from ..model.families import config_values, is_encoder_decoder, shifts_labels
+from ..model.families import config_values, inner_models, is_encoder_decoder, shifts_labels
 from .examples import Path, mapped, size, take, tensors
 
+logger = logging.getLogger("jactus")
 IGNORED = -100  # by torch's cross-entropy and all of transformers
 FEW = 4  # examples that a rule is tried on
 # How far rounding moves a sum, and what two rules must differ by to be told apart: of parameters in half precision, and of all
@@ -96,7 +98,7 @@ def _candidates_to_ignore(model: nn.Module) -> list[int]:
 class Terms:
     """The rule of a model's loss: found on the first batch, and again on a batch that tells apart what earlier ones did not."""
 
-    def __init__(self, model: nn.Module, value: Callable[[Any], float], verify: bool) -> None:
+    def __init__(self, model: nn.Module, value: Callable[[Any], Tensor], verify: bool) -> None:
         self.model, self.value, self.verify = model, value, verify
         self.left: list[Rule] = []
         self.first: tuple[int, ...] = ()
@@ -110,55 +112,79 @@ class Terms:
         if not self.left:
             candidates = [r for r in rules(self.model, batch) if r.count(batch) > 0]
             self._choose(candidates if self.verify else _convention(candidates, batch, index), batch, index)
-        if len(self.left) > 1:
-            counts = tuple(rule.factor(batch) for rule in self.left)
-            apart = any(a * self.first[0] != b * counts[0] for a, b in zip(counts, self.first))
-            if apart and self.verify and known:
-                self._choose(self.left, batch, index)
+        elif known and self._apart(batch):
+            self._choose(self.left, batch, index)
+            if self._apart(batch):
+                self._settle(batch, index)
         return self.left[0].factor(batch), self.left[0].count(batch)
 
+    def _apart(self, batch: Any) -> bool:
+        """Whether the rules that are left, alike on the batch they were chosen on, are not alike on this one."""
+        counts = [rule.factor(batch) for rule in self.left]
+        return any(a * self.first[0] != b * counts[0] for a, b in zip(counts, self.first))
+
     def _choose(self, candidates: list[Rule], batch: Any, index: int) -> None:
-        self.left = self._tried(candidates, batch, index) if self.verify else candidates
-        self.first = tuple(rule.factor(batch) for rule in self.left)
+        before, self.left = self.first, self._tried(candidates, batch, index) if self.verify else candidates
+        if not before or len(self.left) < len(candidates):
+            self.first = tuple(rule.factor(batch) for rule in self.left)
         self.said = str(self.left[0])
+
+    def _settle(self, batch: Any, index: int) -> None:
+        """Two rules fit all that was seen, and count this batch differently: of labels, or a mask, which is the unlikelier."""
+        self.left = [r for r in self.left if not r.kind.endswith("mask")] or self.left
+        self.first = self.first[: len(self.left)]
+        if not self._apart(batch):
+            return
+        told = " or ".join(map(str, self.left[:2]))
+        if _rounding(self.model) == FULL:
+            raise JactusError(
+                f"batch {index}: whether the loss of {type(self.model).__name__} is {told} cannot be told from its values; pass "
+                "loss= that returns (sum, number of terms), or verify=False to go by transformers' conventions"
+            )
+        logger.warning("half precision does not tell whether the loss is %s: it is taken for the first", told)
+        self.left = self.left[:1]
 
     def _tried(self, candidates: list[Rule], batch: Any, index: int) -> list[Rule]:
         """Those of the candidates that add up over parts of this batch."""
         name = type(self.model).__name__
-        ignored = {v for rule in candidates for v in rule.ignored}
-        probes = _probes(batch, ignored, cuts=not is_encoder_decoder(self.model))
+        probes = Probes(self.model, batch, candidates).all()
         if not probes:
+            shapes = {".".join(path): tuple(t.shape) for path, t in tensors(batch)}
             raise JactusError(
                 f"batch {index}: the loss of {name} is one number, and the batch cannot be cut into examples (its tensors have "
-                f"different first dimensions: { {'.'.join(p): tuple(t.shape) for p, t in tensors(batch)} }) to see what it "
-                "averages; pass loss= that returns (sum, number of terms), or verify=False to go by transformers' conventions"
+                f"different first dimensions: {shapes}) to see what it averages; pass loss= that returns (sum, number of terms), "
+                "or verify=False to go by transformers' conventions"
             )
-        left, best = candidates, ""
-        for number, (whole, parts) in enumerate(probes):
+        left = candidates
+        for number, probe in enumerate(probes):
             try:
-                values = [self.value(b) for b in (whole, *parts)]
-                again = self.value(whole) if number == 0 else values[0]
+                values = [self.value(b) for b in (probe.whole, *probe.parts)]
+                again = self.value(probe.whole) if number == 0 else values[0]
             except Exception:
                 if number:  # an example with labels taken away, which this loss does not take
                     continue
                 raise
-            if abs(again - values[0]) > _rounding(self.model)[0] * abs(values[0]):
+            wide = values[0].element_size() >= 4
+            rounding = FULL if probe.same_inputs and wide else _rounding(self.model)
+            whole, *parts = map(float, values)
+            if abs(float(again) - whole) > rounding[0] * abs(whole):
                 raise JactusError(
                     f"batch {index}: the loss of {name} is another at a second call with the same examples "
-                    f"({values[0]:.6g}, then {again:.6g}), in eval mode: what it sums cannot be told; make it "
+                    f"({whole:.6g}, then {float(again):.6g}), in eval mode: what it sums cannot be told; make it "
                     "deterministic, or pass loss= that returns (sum, number of terms)"
                 )
-            told = _that_add_up(left, whole, parts, values, _rounding(self.model))
-            if not told:
-                best = f"{values[0]:.6g} of {size(whole)} examples, {', '.join(f'{v:.6g}' for v in values[1:])} of its parts"
-                break
-            left = told
-        if best:
-            raise JactusError(
-                f"batch {index}: the loss of {name} is no sum and no mean over rows, labels, elements or a mask that adds up "
-                f"over parts of the batch ({best}); an example's loss depends on the others (contrastive?), or it is a sum of "
-                "several means: pass loss= that returns (sum, number of terms)"
-            )
+            told = _that_add_up(left, probe, [whole, *parts], rounding)
+            if not told and probe.same_inputs:  # labels are no terms of their own (a sequence's likelihood)
+                told = [rule for rule in left if not rule.kind.endswith("labels")]
+            if not told and not (number and any(v != v for v in (whole, *parts))):
+                raise JactusError(
+                    f"batch {index}: the loss of {name} is no sum and no mean over rows, labels, elements or a mask that adds "
+                    f"up over parts of the batch ({whole:.6g} of {size(probe.whole)} examples, "
+                    f"{', '.join(f'{v:.6g}' for v in parts)} of its parts); an example's loss depends on the others "
+                    "(contrastive?), it is weighted, or it is a sum of several means: pass loss= that returns (sum, number of "
+                    "terms)"
+                )
+            left = told or left
         return left
 
 
@@ -177,39 +203,88 @@ def _rounding(model: nn.Module) -> tuple[float, float]:
     return HALF if min(sizes, default=4) < 4 else FULL
 
 
-def _probes(batch: Any, ignored: set[int], cuts: bool) -> list[tuple[Any, list[Any]]]:
-    """Small batches with parts that make them up: a few examples; then the same with most labels of the first taken away, so
-    that examples with as many labels as each other do not hide what is averaged. Labels are taken away by a value that may be
-    ignored, of those that the batch has, and −100. Of a batch that cannot be cut into examples the labels can be parted, if they
-    are nothing but labels (`cuts`; a decoder may read them too)."""
-    rows = size(batch)
-    labels = [t for path, t in tensors(batch) if path and _is_label(path[-1])]
-    if rows is None:
-        return (
-            [(batch, [_with(batch, _only, part) for part in (0, 1)])]
-            if cuts and any(t.dim() > 1 for t in labels)
-            else []
-        )
-    fullest = sorted(range(rows), key=lambda i: -_labels_of(batch, i))
-    few = take(batch, [fullest[i % rows] for i in range(max(2, min(rows, FEW)))])
-    found = [(few, _parts(few))]
-    for value in sorted(ignored):
-        if value != IGNORED and not any(bool((t == value).any()) for t in labels):
-            continue
-        fewer = _with(few, _fewer, value)
-        if any(not torch.equal(a, b) for (_, a), (_, b) in zip(tensors(few), tensors(fewer))):
-            found.append((fewer, _parts(fewer)))
-    return found
+@dataclass(frozen=True)
+class Probe:
+    """A small batch and parts that make it up. same_inputs: they differ in labels alone, so that no rounding of the model's
+    makes their losses differ."""
+
+    whole: Any
+    parts: list[Any]
+    same_inputs: bool = False
 
 
-def _with(batch: Any, change: Callable[[Tensor, int], Tensor], value: int) -> Any:
-    """The batch with its sequences of labels changed."""
+class Probes:
+    """What rules are tried on: a few examples, cut in two; then the same with most labels of the first taken away, so that
+    examples with as many labels as each other do not hide what is averaged; then their labels alone, cut in two.
 
-    def changed(path: Path, leaf: Any) -> Any:
-        sequence = path and _is_label(path[-1]) and isinstance(leaf, Tensor) and leaf.dim() > 1
-        return change(leaf, value) if sequence and not leaf.is_floating_point() else leaf
+    Labels are taken away by a value that may be ignored, of those that the batch has, and −100.
+    """
 
-    return mapped(batch, changed)
+    def __init__(self, model: nn.Module, batch: Any, candidates: list[Rule]) -> None:
+        self.model, self.batch, self.candidates = model, batch, candidates
+        self.labels = {r.path for r in candidates if r.kind.endswith("labels")}
+        self.ignored = sorted({v for rule in candidates for v in rule.ignored})
+
+    def all(self) -> list[Probe]:
+        rows = size(self.batch)
+        if rows is None:
+            return self._of_labels(self.batch)
+        fullest = sorted(range(rows), key=lambda i: -self._labels_of(i, rows))
+        few = take(self.batch, [fullest[i % rows] for i in range(max(2, min(rows, FEW)))])
+        found = [self._cut(few)]
+        present = [t for path, t in tensors(self.batch) if path in self.labels]
+        for value in self.ignored:
+            if value == IGNORED or any(bool((t == value).any()) for t in present):
+                fewer = self._with(few, _fewer, value)
+                if fewer is not None:
+                    found.append(self._cut(fewer))
+        for path in {r.path for r in self.candidates if r.kind.endswith("mask")}:
+            shorter = mapped(few, lambda p, leaf, path=path: _shorter(leaf) if p == path else leaf)  # type: ignore[misc]
+            found.append(self._cut(shorter))
+        return found + self._of_labels(few)
+
+    @staticmethod
+    def _cut(few: Any) -> Probe:
+        return Probe(few, [take(few, [0]), take(few, range(1, size(few) or 0))])
+
+    def _of_labels(self, batch: Any) -> list[Probe]:
+        fixed = _with_decoder_inputs(self.model, batch)
+        if fixed is None:
+            return []
+        parts = [self._with(fixed, _only, part) for part in (0, 1)]
+        return [Probe(fixed, parts, same_inputs=True)] if all(part is not None for part in parts) else []
+
+    def _labels_of(self, row: int, rows: int) -> int:
+        """How many labels of an example may count: an example without any says nothing of what is averaged."""
+        labels = (t for path, t in tensors(self.batch) if path in self.labels and t.dim() > 1 and t.shape[0] == rows)
+        return sum(int((t[row] != IGNORED).sum()) for t in labels)
+
+    def _with(self, batch: Any, change: Callable[[Tensor, int], Tensor], value: int) -> Any:
+        """The batch with its sequences of labels changed; None where there is nothing to change."""
+        changes = 0
+
+        def changed(path: Path, leaf: Any) -> Any:
+            nonlocal changes
+            if path not in self.labels or leaf.dim() < 2:
+                return leaf
+            new = change(leaf, value)
+            changes += not torch.equal(new, leaf)
+            return new
+
+        made = mapped(batch, changed)
+        return made if changes else None
+
+
+def _with_decoder_inputs(model: nn.Module, batch: Any) -> Any:
+    """The batch with what its decoder reads made of its labels once and for all; None where labels are read unseen."""
+    given = {path[-1] for path, _ in tensors(batch) if path}
+    if not is_encoder_decoder(model) or given & {"decoder_input_ids", "decoder_inputs_embeds"}:
+        return batch
+    for own in inner_models(model).values():
+        make = getattr(own, "prepare_decoder_input_ids_from_labels", None) or getattr(own, "_shift_right", None)
+        if make is not None and isinstance(batch, dict) and isinstance(batch.get("labels"), Tensor):
+            return {**batch, "decoder_input_ids": make(batch["labels"])}
+    return None
 
 
 def _only(labels: Tensor, part: int) -> Tensor:
@@ -222,18 +297,6 @@ def _only(labels: Tensor, part: int) -> Tensor:
     return labels
 
 
-def _labels_of(batch: Any, row: int) -> int:
-    """How many labels of an example may count: an example without any says nothing of what is averaged."""
-    rows = size(batch)
-    labels = (t for path, t in tensors(batch) if path and _is_label(path[-1]) and t.dim() > 1 and t.shape[0] == rows)
-    return sum(int((t[row] != IGNORED).sum()) for t in labels)
-
-
-def _parts(few: Any) -> list[Any]:
-    rows = size(few) or 0
-    return [take(few, [0]), take(few, range(1, rows))]
-
-
 def _fewer(labels: Tensor, value: int) -> Tensor:
     """The first example with its last third of labels only, the others set to `value`."""
     counted = ((labels[0].reshape(-1) != IGNORED) & (labels[0].reshape(-1) != value)).nonzero()[:, 0]
@@ -244,13 +307,23 @@ def _fewer(labels: Tensor, value: int) -> Tensor:
     return labels
 
 
+def _shorter(mask: Tensor) -> Tensor:
+    """The mask without the last place of its first example."""
+    places = mask[0].reshape(-1).nonzero()[:, 0]
+    if len(places) < 2:
+        return mask
+    mask = mask.clone()
+    mask[0].view(-1)[places[-1]] = 0
+    return mask
+
+
 def _that_add_up(
-    candidates: list[Rule], whole: Any, parts: list[Any], values: list[float], rounding: tuple[float, float]
+    candidates: list[Rule], probe: Probe, values: list[float], rounding: tuple[float, float]
 ) -> list[Rule]:
     tolerance, apart = rounding
     missed = {}
     for rule in candidates:
-        counts = [rule.factor(b) for b in (whole, *parts)]
+        counts = [rule.factor(b) for b in (probe.whole, *probe.parts)]
         if min(counts) < 1 or any(v != v for v in values):
             continue
         sums = [v * c for v, c in zip(values, counts)]

@@ -19,7 +19,7 @@ from jactus_kernels import JactusError
 from ..model.families import inner_models
 from ..model.targets import Target
 from .examples import size, take
-from .padding import Masks, Path, cut, masks_of, suspects
+from .padding import Masks, Path, cut, masks_of, shortened, suspects
 from .tracing import Call, Trace, trace
 
 logger = logging.getLogger("jactus")
@@ -208,6 +208,8 @@ class Evidence:
         self.cut_masks: list[Masks] = []
         self.less: Trace | None = None
         try:
+            if not shortened(batch, masks):
+                raise JactusError("no tensor of the batch goes with a mask by its name and place")
             for row in (first, other):
                 alone = cut(batch, masks, row, model)
                 self.cuts.append(trace(model, targets, lambda alone=alone: value(alone)))  # type: ignore[misc]

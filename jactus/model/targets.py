@@ -98,6 +98,17 @@ def find_targets(model: nn.Module, config: JactusConfig) -> dict[str, Target]:
     return targets
 
 
+def refuse_absent(targets: dict[str, Target]) -> None:
+    """Raise JactusError for a layer whose weight is on the meta device: offloaded, or never loaded."""
+    for target in targets.values():
+        if target.weight.device.type == "meta":
+            how = "accelerate offloaded it" if hasattr(target.module, "_hf_hook") else "it was never loaded"
+            raise JactusError(
+                f"{target} has no weight in memory ({how}); load the model whole, on the CPU if need be (from_pretrained without "
+                "device_map; statistics_device='cpu' and memory_limit spare a GPU)"
+            )
+
+
 def _target(name: str, module: nn.Module) -> Target:
     transposed = isinstance(module, Conv1D)
     rows, columns = module.get_parameter("weight").shape

@@ -11,7 +11,7 @@ from jactus_kernels import JactusError
 from ..calibration.statistics import Statistics
 from ..config import JactusConfig
 from ..model.families import output_embedding
-from ..model.targets import Target, find_targets
+from ..model.targets import Target, find_targets, refuse_absent
 from .allocation import admissible_ranks
 from .latency import measured
 from .plans import Plan, PlannedLayer, core_width, with_ranks
@@ -34,6 +34,7 @@ def plan(
         )
     config = config or (statistics.config if statistics is not None else None) or JactusConfig()
     targets = find_targets(model, config)
+    refuse_absent(targets)
     of_language = output_embedding(model) is not None
     config = config.with_share(of_language)
     needs_any = config.needs_input or config.needs_output or config.needs_gradient
