@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from jactus_kernels import JactusError
 
 from .examples import size, take
-from .terms import IGNORED, Terms
+from .probes import IGNORED
+from .terms import Terms
 
 Loss = Callable[[nn.Module, Any], Any]
 # What Trainer divides a loss by in the place of its own number of terms; here the model counts for itself.

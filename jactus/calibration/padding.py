@@ -10,7 +10,7 @@ from jactus_kernels import JactusError
 
 from ..model.families import is_encoder_decoder
 from .examples import Path, mapped, size, take, tensors
-from .terms import IGNORED
+from .probes import IGNORED
 
 Masks = dict[Path, Tensor]  # where it is in the batch → (B, T) bool, True for tokens
 DECODER = ("labels, as the decoder's input",)  # the key of a mask that is made of labels

@@ -7,7 +7,6 @@ is taken under which S = L · (number of terms) adds up over parts of a batch. L
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,50 +14,14 @@ from torch import Tensor, nn
 
 from jactus_kernels import JactusError
 
-from ..model.families import config_values, inner_models, is_encoder_decoder, shifts_labels
-from .examples import Path, mapped, size, take, tensors
+from ..model.families import config_values, shifts_labels
+from .examples import size, tensors
+from .probes import IGNORED, Probe, Probes, Rule
 
 logger = logging.getLogger("jactus")
-IGNORED = -100  # by torch's cross-entropy and all of transformers
-FEW = 4  # examples that a rule is tried on
 # How far rounding moves a sum, and what two rules must differ by to be told apart: of parameters in half precision, and of all
 # others (transformers computes its losses in float32 whatever the model's dtype).
 HALF, FULL = (3e-2, 2e-3), (1e-4, 1e-6)
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One way to count. kind: 'sum', 'rows', 'labels', 'shifted labels', 'elements', 'mask' or 'shifted mask'; of the tensor at
-    `path`, without the values that are `ignored`."""
-
-    kind: str
-    path: tuple[str, ...] = ()
-    ignored: tuple[int, ...] = ()
-
-    def count(self, batch: Any) -> int:
-        """The terms of a batch's loss."""
-        if self.kind in ("sum", "rows"):
-            return size(batch) or 1
-        at = dict(tensors(batch))[self.path]
-        if self.kind == "elements":
-            return at.numel()
-        if self.kind.startswith("shifted"):
-            at = at[..., 1:]
-        counted = at != 0 if self.kind.endswith("mask") else torch.ones_like(at, dtype=torch.bool)
-        for value in self.ignored:
-            counted = counted & (at != value)
-        return int(counted.sum())
-
-    def factor(self, batch: Any) -> int:
-        """What turns the loss into the sum of its terms."""
-        return 1 if self.kind == "sum" else self.count(batch)
-
-    def __str__(self) -> str:
-        if self.kind == "sum":
-            return "a sum already; its terms are counted as examples"
-        where = f" of {'.'.join(self.path)}" if self.path else ""
-        without = [v for v in self.ignored if v != IGNORED]
-        return f"a mean over {self.kind}{where}{f' but those of {without}' if without else ''}"
 
 
 def rules(model: nn.Module, batch: Any) -> list[Rule]:
@@ -201,120 +164,6 @@ def _convention(candidates: list[Rule], batch: Any, index: int) -> list[Rule]:
 def _rounding(model: nn.Module) -> tuple[float, float]:
     sizes = [p.element_size() for p in model.parameters() if p.is_floating_point()]
     return HALF if min(sizes, default=4) < 4 else FULL
-
-
-@dataclass(frozen=True)
-class Probe:
-    """A small batch and parts that make it up. same_inputs: they differ in labels alone, so that no rounding of the model's
-    makes their losses differ."""
-
-    whole: Any
-    parts: list[Any]
-    same_inputs: bool = False
-
-
-class Probes:
-    """What rules are tried on: a few examples, cut in two; then the same with most labels of the first taken away, so that
-    examples with as many labels as each other do not hide what is averaged; then their labels alone, cut in two.
-
-    Labels are taken away by a value that may be ignored, of those that the batch has, and −100.
-    """
-
-    def __init__(self, model: nn.Module, batch: Any, candidates: list[Rule]) -> None:
-        self.model, self.batch, self.candidates = model, batch, candidates
-        self.labels = {r.path for r in candidates if r.kind.endswith("labels")}
-        self.ignored = sorted({v for rule in candidates for v in rule.ignored})
-
-    def all(self) -> list[Probe]:
-        rows = size(self.batch)
-        if rows is None:
-            return self._of_labels(self.batch)
-        fullest = sorted(range(rows), key=lambda i: -self._labels_of(i, rows))
-        few = take(self.batch, [fullest[i % rows] for i in range(max(2, min(rows, FEW)))])
-        found = [self._cut(few)]
-        present = [t for path, t in tensors(self.batch) if path in self.labels]
-        for value in self.ignored:
-            if value == IGNORED or any(bool((t == value).any()) for t in present):
-                fewer = self._with(few, _fewer, value)
-                if fewer is not None:
-                    found.append(self._cut(fewer))
-        for path in {r.path for r in self.candidates if r.kind.endswith("mask")}:
-            shorter = mapped(few, lambda p, leaf, path=path: _shorter(leaf) if p == path else leaf)  # type: ignore[misc]
-            found.append(self._cut(shorter))
-        return found + self._of_labels(few)
-
-    @staticmethod
-    def _cut(few: Any) -> Probe:
-        return Probe(few, [take(few, [0]), take(few, range(1, size(few) or 0))])
-
-    def _of_labels(self, batch: Any) -> list[Probe]:
-        fixed = _with_decoder_inputs(self.model, batch)
-        if fixed is None:
-            return []
-        parts = [self._with(fixed, _only, part) for part in (0, 1)]
-        return [Probe(fixed, parts, same_inputs=True)] if all(part is not None for part in parts) else []
-
-    def _labels_of(self, row: int, rows: int) -> int:
-        """How many labels of an example may count: an example without any says nothing of what is averaged."""
-        labels = (t for path, t in tensors(self.batch) if path in self.labels and t.dim() > 1 and t.shape[0] == rows)
-        return sum(int((t[row] != IGNORED).sum()) for t in labels)
-
-    def _with(self, batch: Any, change: Callable[[Tensor, int], Tensor], value: int) -> Any:
-        """The batch with its sequences of labels changed; None where there is nothing to change."""
-        changes = 0
-
-        def changed(path: Path, leaf: Any) -> Any:
-            nonlocal changes
-            if path not in self.labels or leaf.dim() < 2:
-                return leaf
-            new = change(leaf, value)
-            changes += not torch.equal(new, leaf)
-            return new
-
-        made = mapped(batch, changed)
-        return made if changes else None
-
-
-def _with_decoder_inputs(model: nn.Module, batch: Any) -> Any:
-    """The batch with what its decoder reads made of its labels once and for all; None where labels are read unseen."""
-    given = {path[-1] for path, _ in tensors(batch) if path}
-    if not is_encoder_decoder(model) or given & {"decoder_input_ids", "decoder_inputs_embeds"}:
-        return batch
-    for own in inner_models(model).values():
-        make = getattr(own, "prepare_decoder_input_ids_from_labels", None) or getattr(own, "_shift_right", None)
-        if make is not None and isinstance(batch, dict) and isinstance(batch.get("labels"), Tensor):
-            return {**batch, "decoder_input_ids": make(batch["labels"])}
-    return None
-
-
-def _only(labels: Tensor, part: int) -> Tensor:
-    """The first third of the labels that count, or the others."""
-    labels = labels.clone()
-    flat = labels.view(-1)
-    counted = (flat != IGNORED).nonzero()[:, 0]
-    third = len(counted) // 3
-    flat[counted[third:] if part == 0 else counted[:third]] = IGNORED
-    return labels
-
-
-def _fewer(labels: Tensor, value: int) -> Tensor:
-    """The first example with its last third of labels only, the others set to `value`."""
-    counted = ((labels[0].reshape(-1) != IGNORED) & (labels[0].reshape(-1) != value)).nonzero()[:, 0]
-    if len(counted) < 3 or labels.shape[0] < 2:
-        return labels
-    labels = labels.clone()
-    labels[0].view(-1)[counted[: -max(len(counted) // 3, 1)]] = value
-    return labels
-
-
-def _shorter(mask: Tensor) -> Tensor:
-    """The mask without the last place of its first example."""
-    places = mask[0].reshape(-1).nonzero()[:, 0]
-    if len(places) < 2:
-        return mask
-    mask = mask.clone()
-    mask[0].view(-1)[places[-1]] = 0
-    return mask
 
 
 def _that_add_up(

@@ -16,16 +16,13 @@ from torch import Tensor, nn
 
 from jactus_kernels import JactusError
 
-from ..model.families import inner_models
 from ..model.targets import Target
-from .examples import size, take
-from .padding import Masks, Path, cut, masks_of, shortened, suspects
+from .evidence import SAME, Evidence, Rule, alike, lay
+from .examples import Path, size, take
+from .padding import Masks, cut, masks_of, suspects
 from .tracing import Call, Trace, trace
 
 logger = logging.getLogger("jactus")
-SAME = 0.1  # rows that differ by less of their length are the same: rounding moves half precision by some 0.01, other rows by 1
-SIMILAR = 0.7  # of a model that does not mask its padding, the same rows differ by less than this
-Rule = tuple[Path, str] | None  # which mask, and how it lies in the rows; None: all rows are tokens
 
 
 class Tokens:
@@ -60,7 +57,7 @@ class Tokens:
         if self.first is None:
             self._see_first(batch, index)
         self.masks = self._masks(batch)
-        differ = any(not _alike(self.masks, a, b) for a, b in self.unsure)
+        differ = any(not alike(self.masks, a, b) for a, b in self.unsure)
         if set(self.masks) - self.known or differ:
             self._see_padding(batch, index)
         self.laid = {}
@@ -186,157 +183,3 @@ class Tokens:
             f"{name} got an input of shape {tuple(shape)} in batch {self.index}, of which tokens cannot be told from padding by "
             f"the masks ({masks}): {why}. Exclude the layer, or pass batches without padding (examples of one length together)"
         )
-
-
-class Evidence:
-    """Two examples of a batch with padding, together and each alone without its padding: what every call was given."""
-
-    def __init__(
-        self, model: nn.Module, targets: dict[str, Target], value: Callable[[Any], float], batch: Any, masks: Masks
-    ) -> None:
-        self.model, self.masks = model, masks
-        rows = size(batch) or 1
-        most = [int(sum((~m.view(rows, -1)[i]).sum() for m in masks.values())) for i in range(rows)]
-        first = max(range(rows), key=lambda i: (_told_apart(masks, rows, i), most[i]))
-        other = min((i for i in range(rows) if i != first), key=most.__getitem__, default=first)
-        two = take(batch, [first, other])
-        self.pair = trace(model, targets, lambda: value(two))
-        self.pair_masks = {path: _of_rows(m, rows, (first, other)) for path, m in masks.items()}
-        self.failed = ""
-        self.unsure: set[tuple[Path, Path]] = set()
-        self.cuts: list[Trace] = []
-        self.cut_masks: list[Masks] = []
-        self.less: Trace | None = None
-        try:
-            if not shortened(batch, masks):
-                raise JactusError("no tensor of the batch goes with a mask by its name and place")
-            for row in (first, other):
-                alone = cut(batch, masks, row, model)
-                self.cuts.append(trace(model, targets, lambda alone=alone: value(alone)))  # type: ignore[misc]
-                self.cut_masks.append({path: _cut_mask(m, rows, row) for path, m in masks.items()})
-            shorter = cut(batch, masks, other, model, drop=1)
-            self.less = trace(model, targets, lambda: value(shorter))
-        except Exception as e:  # the model's own refusal of such an example
-            self.failed = f"the model does not run on an example without its padding ({type(e).__name__}: {e})"
-
-    def rule(self, call: Call) -> tuple[Rule | str, float]:
-        """The rule under which the rows of both examples are those of each alone, and by how much they differ; "none" where
-        there is no such rule."""
-        x = self.pair.inputs[call]
-        if self.failed and len(self.cuts) < 2:
-            fitting = [path for path, m in self.pair_masks.items() if x.shape[:-1] == m.shape]
-            return ((fitting[0], "batch first"), 0.0) if len(fitting) == 1 else ("none", 1.0)
-        alone = [t.inputs.get(call) for t in self.cuts]
-        if any(a is None for a in alone):
-            return "none", 1.0
-        counts = [t.rows(call) for t in self.cuts]
-        whole = self.pair.rows(call)
-        if counts == [1, 1] and whole == 2:
-            return None, 0.0  # one row an example, e.g. a pooled vector
-        if whole == sum(counts) and self._untouched(call):
-            return None, 0.0  # another tower's rows
-        found: list[tuple[tuple[bool, int, int, float], tuple[Path, str]]] = []
-        for path, mask in self.pair_masks.items():
-            for order, way in enumerate(WAYS):
-                laid = lay(mask, way, x.shape[:-1], self.model)
-                parts = [lay(m[path], way, a.shape[:-1], self.model) for m, a in zip(self.cut_masks, alone)]  # type: ignore[union-attr]
-                if laid is None or any(part is None for part in parts):
-                    continue
-                error = _difference(x, laid, alone, parts, mask, way)  # type: ignore[arg-type]
-                if error is not None:
-                    # of two ways under which the rows agree, that which leaves out less: both may be parts of a third's
-                    found.append(((error > SAME, -int(laid.sum()), order, error), (path, way)))
-        if found:
-            best, rule = min(found)
-            error = best[-1]
-            if error <= SIMILAR:
-                alike = {other[0] for key, other in found if key[:3] == best[:3] and not key[0]} - {rule[0]}
-                self.unsure |= {(rule[0], path) for path in alike}
-                return rule, error
-        return (None, 0.0) if whole == sum(counts) else ("none", 1.0)
-
-    def _untouched(self, call: Call) -> bool:
-        """Whether the last token of the example leaves the call's rows as they are: they are not of this text."""
-        if self.less is None or (shorter := self.less.inputs.get(call)) is None:
-            return False
-        return shorter.shape == self.cuts[1].inputs[call].shape and torch.equal(shorter, self.cuts[1].inputs[call])
-
-    def told(self, call: Call) -> str:
-        if self.failed:
-            return self.failed
-        alone = [t.rows(call) for t in self.cuts]
-        return f"two examples gave it {self.pair.rows(call)} rows together, and {alone[0]} and {alone[1]} alone without their padding"
-
-
-def _alike(masks: Masks, a: Path, b: Path) -> bool:
-    ours, theirs = masks.get(a), masks.get(b)
-    return ours is None or theirs is None or (ours.shape == theirs.shape and torch.equal(ours, theirs))
-
-
-def _told_apart(masks: Masks, rows: int, row: int) -> int:
-    """In how many pairs of masks of one shape an example's places differ."""
-    own = [m.view(rows, -1, m.shape[-1])[row] for m in masks.values()]
-    return sum(a.shape == b.shape and not torch.equal(a, b) for i, a in enumerate(own) for b in own[:i])
-
-
-def _of_rows(mask: Tensor, rows: int, chosen: tuple[int, ...]) -> Tensor:
-    return mask.view(rows, -1, mask.shape[-1])[list(chosen)].flatten(0, 1)
-
-
-def _cut_mask(mask: Tensor, rows: int, row: int) -> Tensor:
-    own = mask.view(rows, -1, mask.shape[-1])[row]
-    return own[:, own.any(0)]
-
-
-WAYS = ("batch first", "sequence first", "after more", "its first", "its last", "in frames")
-
-
-def lay(mask: Tensor, way: str, lead: torch.Size, model: nn.Module) -> Tensor | None:
-    """The mask (B, T) as it lies in rows of the leading shape `lead`, flat; None where it does not fit in this way."""
-    B, T = mask.shape
-    rows = lead.numel()
-    if way == "batch first" and lead[:2] == mask.shape and len(lead) > 2:
-        return mask.reshape(B, T, *[1] * (len(lead) - 2)).expand(lead).reshape(-1)
-    if way == "batch first" and rows == B * T:
-        return mask.reshape(-1)
-    if way == "sequence first" and rows == B * T and lead[0] == T:
-        return mask.T.reshape(-1)
-    if len(lead) != 2 or lead[0] != B:
-        return None
-    more = lead[1] - T
-    if way == "after more" and more > 0:  # rows of its own in front
-        return torch.cat([mask.new_ones(B, more), mask], 1).reshape(-1)
-    if way == "its first" and more < 0:
-        return mask[:, : lead[1]].reshape(-1)
-    if way == "its last" and more < 0:
-        return mask[:, -more:].reshape(-1)
-    if way == "in frames" and more < 0:
-        return _frames(mask, lead[1], model)
-    return None
-
-
-def _frames(mask: Tensor, length: int, model: nn.Module) -> Tensor | None:
-    """The mask of what a convolution in front of the model makes of the samples, as the model itself counts it."""
-    for own in inner_models(model).values():
-        for part in (own, own.base_model):
-            if (reduce := getattr(part, "_get_feature_vector_attention_mask", None)) is not None:
-                return reduce(length, mask.long()).bool().reshape(-1)
-    return None
-
-
-def _difference(
-    x: Tensor, laid: Tensor, alone: list[Tensor], parts: list[Tensor], mask: Tensor, way: str
-) -> float | None:
-    """By how much the selected rows of two examples together differ from those of each alone; None where they are not as many."""
-    flat, B = x.flatten(0, -2), mask.shape[0]
-    example = torch.arange(2, device=flat.device).repeat_interleave(laid.numel() // 2)
-    if way == "sequence first":
-        example = torch.arange(B, device=flat.device).repeat(laid.numel() // B) * 2 // B
-    worst = 0.0
-    for number, (a, part) in enumerate(zip(alone, parts)):
-        ours, theirs = flat[laid.to(flat.device) & (example == number)], a.flatten(0, -2)[part.to(a.device)]
-        if ours.shape != theirs.shape:
-            return None
-        scale = float(theirs.double().norm()) or 1.0
-        worst = max(worst, float((ours.double() - theirs.double()).norm()) / scale)
-    return worst
