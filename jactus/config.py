@@ -5,6 +5,7 @@ among the layers) and `Core` (what trains).
 """
 
 import dataclasses
+import functools
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -71,7 +72,7 @@ class JactusConfig:
             if isinstance(value, str) and name in ("union", "trainable_extras"):
                 object.__setattr__(self, name, (value,))  # elsewhere one string is a regular expression
             elif isinstance(value, list | set):
-                object.__setattr__(self, name, tuple(value))
+                object.__setattr__(self, name, tuple(sorted(value) if isinstance(value, set) else value))
         plain_dtype(self, "dtype")
         grouped = isinstance(self.allocation, Allocation) and isinstance(self.core, Core)
         square = grouped and self.core.trainable_rank is None and self.budget.accounting == "folded"
@@ -91,12 +92,13 @@ class JactusConfig:
             "trainable_extras": _names(self.trainable_extras),
         }
         check(self, allowed)
+        beside = f"accounting={self.budget.accounting!r} and trainable_rank={self.core.trainable_rank}"
         if self.allocation.full_rank and not square:
-            refuse(self.allocation, "full_rank")
+            refuse(self.allocation, "full_rank", beside)
         if self.core.width > 1 and not square:
-            refuse(self.core, "width")
+            refuse(self.core, "width", beside)
         if self.core.coordinate_damping < self.damping:
-            refuse(self.core, "coordinate_damping")
+            refuse(self.core, "coordinate_damping", f"damping={self.damping}")
 
     @property
     def needs_input(self) -> bool:
@@ -168,10 +170,13 @@ class JactusConfig:
                 if isinstance(floor, float)
                 else {"uniform_part": 0.0, "rank_floor": floor}
             )
-        groups = {name: kind(**values.pop(name)) for name, kind in GROUPS.items() if isinstance(values.get(name), dict)}
-        unknown = set(values) - {f.name for f in fields(cls)} - set(FLAT)
-        if unknown:
-            raise JactusError(f"JactusConfig has no field {sorted(unknown)}; the file is from a newer version: upgrade")
+        groups = {}
+        for name, kind in GROUPS.items():
+            if isinstance(values.get(name), dict):
+                held = values.pop(name)
+                _refuse_unknown(set(held) - {f.name for f in fields(kind)}, kind.__name__)
+                groups[name] = kind(**held)
+        _refuse_unknown(set(values) - {f.name for f in fields(cls)} - set(FLAT), "JactusConfig")
         return cls(**groups).replace(**values)
 
 
@@ -198,6 +203,30 @@ FLAT = {
 }
 OF_A_RUN = ("statistics_dtype", "statistics_device", "memory_limit", "loss_scale")  # arguments of `calibrate` since
 
+
+def _refuse_unknown(names: set[str], kind: str) -> None:
+    if names:
+        raise JactusError(f"{kind} has no field {sorted(names)}; the file is from a newer version: upgrade")
+
+
+def _with_advice(init: Any) -> Any:
+    @functools.wraps(init)
+    def checked(self: Any, *args: Any, **options: Any) -> None:
+        moved = [name for name in options if name in FLAT and name not in ("budget", "allocation")]
+        moved += [name for name in options if name in OF_A_RUN]
+        if moved:
+            name = moved[0]
+            group, key = FLAT.get(name, ("", ""))
+            now = f"JactusConfig({group}={GROUPS[group].__name__}({key}=…))" if group else f"calibrate(…, {name}=…)"
+            raise JactusError(
+                f"JactusConfig has no option {name} since 0.1.0: it is {now}, or replace({name}=…) of a config"
+            )
+        init(self, *args, **options)
+
+    return checked
+
+
+JactusConfig.__init__ = _with_advice(JactusConfig.__init__)  # type: ignore[method-assign]
 for _kind in (JactusConfig, *GROUPS.values()):
     _kind.__doc__ = f"{_kind.__doc__}\n" + "\n".join(
         f"    {f.name} (default {f.default!r}): {f.metadata['help']}" for f in fields(_kind)

@@ -14,13 +14,15 @@ def option(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
-def check(settings: Any, allowed: dict[str, bool]) -> None:
-    """Raise JactusError for the first field that is not allowed."""
+def check(settings: Any, allowed: dict[str, bool], beside: str = "") -> None:
+    """Raise JactusError for the first field that is not allowed (beside others)."""
     for name, ok in allowed.items():
         if not ok:
             help = next(f.metadata["help"] for f in fields(settings) if f.name == name)
             kind = type(settings).__name__
-            raise JactusError(f"{kind}.{name} = {getattr(settings, name)!r} is not allowed. {help}")
+            raise JactusError(
+                f"{kind}.{name} = {getattr(settings, name)!r} is not allowed{beside and f' beside {beside}'}. {help}"
+            )
 
 
 @dataclass(frozen=True)
@@ -143,9 +145,9 @@ class Core:
         check(self, allowed)
 
 
-def refuse(settings: Any, name: str) -> None:
-    """Raise JactusError for a field, with what it allows."""
-    check(settings, {name: False})
+def refuse(settings: Any, name: str, beside: str) -> None:
+    """Raise JactusError for a field beside others, with what it allows."""
+    check(settings, {name: False}, f" beside {beside}")
 
 
 def plain_dtype(settings: Any, name: str) -> None:

@@ -1,5 +1,6 @@
 """The one line: fit the head if asked, calibrate, plan, compress."""
 
+import inspect
 import os
 from collections.abc import Iterable
 from typing import Any
@@ -25,6 +26,7 @@ def adapt(
     fit_head: bool = False,
     loss: Loss | None = None,
     resume: str | os.PathLike | None = None,
+    verify: bool = True,
     progress: bool = True,
     **options: Any,
 ) -> nn.Module:
@@ -40,9 +42,14 @@ def adapt(
     config = config or JactusConfig()
     if budget is not None:
         config = config.replace(budget=budget)
+    unknown = set(options) - set(inspect.signature(calibrate).parameters)
+    if unknown:
+        raise JactusError(f"adapt: neither adapt nor calibrate has an argument {sorted(unknown)}")
     if fit_head:
         if iter(batches) is batches:
             raise JactusError("fit_head reads the batches twice, but they come from an iterator; pass a list or loader")
-        fit(model, batches, loss=loss, progress=progress)
-    statistics = calibrate(model, batches, config, loss=loss, resume=resume, progress=progress, **options)
+        fit(model, batches, loss=loss, verify=verify, progress=progress)
+    statistics = calibrate(
+        model, batches, config, loss=loss, resume=resume, verify=verify, progress=progress, **options
+    )
     return compress(model, plan(model, statistics, config, progress=progress))

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from .examples import size, take, tensors
+from .examples import few, tensors
+from .rounding import rounding
 
 logger = logging.getLogger("jactus")
-SAME = {8: 1e-6, 4: 1e-4, 2: 3e-2}  # by the size of a parameter's element
 
 
-class Cache:
+class DecoderCache:
     """The cache is off inside the block, as memory goes, where that changes nothing. Where it does, it is off for packed
     sequences, which transformers does not see when there is a cache, and else as the model's config says."""
 
@@ -22,7 +22,7 @@ class Cache:
         self.model = model
         self.on = [c for c in configs.values() if getattr(c, "use_cache", None) is True]
 
-    def __enter__(self) -> "Cache":
+    def __enter__(self) -> "DecoderCache":
         self._set(False)
         return self
 
@@ -37,12 +37,11 @@ class Cache:
         """Look at the loss of an example with and without a cache."""
         if not self.on:
             return
-        few = batch if size(batch) is None else take(batch, [0])
-        without = value(few)
+        one = few(batch, 1)
+        without = value(one)
         self._set(True)
-        within = value(few)
-        least = min((p.element_size() for p in self.model.parameters() if p.is_floating_point()), default=4)
-        differs = abs(within - without) > SAME.get(least, 1e-4) * abs(without)
+        within = value(one)
+        differs = abs(within - without) > rounding(self.model)[0] * abs(without)
         if not differs or packed(batch):
             self._set(False)
         if differs:

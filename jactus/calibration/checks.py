@@ -5,11 +5,13 @@ has not. So every target is stood in for by a layer that computes the same and w
 in train mode the model must give the same answer.
 """
 
+import logging
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +19,9 @@ from jactus_kernels import JactusError
 
 from ..model.lowrank import LowRankLinear, replace_module
 from ..model.targets import Target
+from .examples import tensors
 
+logger = logging.getLogger("jactus")
 SAME = 1e-3  # relative: the same operations are made, so that only their order can differ
 
 
@@ -43,28 +47,45 @@ class StandIn(LowRankLinear):
 def check_forwards(model: nn.Module, targets: dict[str, Target], few: Any, value: Callable[[Any], float]) -> None:
     """Raise JactusError naming a target that the model uses otherwise than by its forward. The model, in eval mode, is left as
     it was, buffers included."""
+    name = type(model).__name__
     for training in (False, True):
         with _mode(model, training):
             try:
                 wanted = _answer(model, few, value)
                 again = _answer(model, few, value)
-            except Exception:
+                alike = _same(wanted, again)
+                del again
+            except Exception as e:
                 if not training:
                     raise
-                continue  # e.g. a batch norm that does not train on one row: nothing to compare with
-            if not _same(wanted, again):
-                continue  # random in a way that no seed of torch's fixes
+                # e.g. a batch norm that does not train on one row: there is nothing to compare with
+                logger.info("layers are checked in eval mode alone: %s does not run in train mode (%s)", name, e)
+                continue
+            if not alike:
+                logger.warning(
+                    "layers are not checked in %s mode: %s is random there beyond any seed", _word(training), name
+                )
+                continue
             if _answers_alike(model, list(targets.values()), few, value, wanted):
                 continue
             culprits = [t for t in targets.values() if not _answers_alike(model, [t], few, value, wanted)]
-            first = culprits[0] if culprits else next(iter(targets.values()))
+            if not culprits:
+                raise JactusError(
+                    f"{name} gives other answers in {_word(training)} mode when all {len(targets)} targets have no weight to read, "
+                    "and the same when any one has none: it reads several weights at once; name layers to compress in target_modules"
+                )
+            first = culprits[0]
             parent = model.get_submodule(first.name.rpartition(".")[0])
             raise JactusError(
                 f"{first} is not used by its forward alone: {type(parent).__name__} reads its weight itself or goes around it "
-                f"in {'train' if training else 'eval'} mode ({len(culprits)} layers in all), so with factors in its place the "
+                f"in {_word(training)} mode ({len(culprits)} layers in all), so with factors in its place the "
                 "model would compute something else; add it to exclude_modules, e.g. "
                 f"exclude_modules=({first.name.split('.', 1)[-1]!r},)"
             )
+
+
+def _word(training: bool) -> str:
+    return "train" if training else "eval"
 
 
 def _answers_alike(
@@ -86,25 +107,25 @@ def _answers_alike(
 def _answer(model: nn.Module, few: Any, value: Callable[[Any], float]) -> list[Tensor]:
     """The loss and all that the model returns, under fixed random numbers."""
     returned: list[Tensor] = []
-    handle = model.register_forward_hook(lambda module, args, output: returned.extend(_tensors(output)))
-    state = random.getstate()
+    handle = model.register_forward_hook(lambda module, args, output: returned.extend(_floats(output)))
+    state, numpy_state = random.getstate(), np.random.get_state()
+    # torch.manual_seed seeds every device there is
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     try:
-        with torch.random.fork_rng(devices=_devices(model)):
+        with torch.random.fork_rng(devices=devices):
             torch.manual_seed(0)
             random.seed(0)
+            np.random.seed(0)
             loss = value(few)
     finally:
         random.setstate(state)
+        np.random.set_state(numpy_state)
         handle.remove()
     return [torch.tensor(loss, dtype=torch.float64), *returned]
 
 
-def _tensors(output: Any) -> list[Tensor]:
-    if isinstance(output, Tensor):
-        return [output.detach().clone()] if output.is_floating_point() else []
-    if hasattr(output, "values") and callable(output.values):
-        output = tuple(output.values())
-    return [t for part in output for t in _tensors(part)] if isinstance(output, tuple | list) else []
+def _floats(output: Any) -> list[Tensor]:
+    return [t.detach().clone() for _, t in tensors(output) if t.is_floating_point()]
 
 
 def _same(a: list[Tensor], b: list[Tensor]) -> bool:
@@ -118,20 +139,18 @@ def _size(y: Tensor) -> float:
     return float(finite.abs().max()) if finite.numel() else 0.0
 
 
-def _devices(model: nn.Module) -> list[torch.device]:
-    return list({p.device for p in model.parameters() if p.device.type == "cuda"})
-
-
 @contextmanager
 def _mode(model: nn.Module, training: bool) -> Iterator[None]:
     """Train or eval mode; afterwards modes and buffers (running statistics) are what they were."""
     modes = {m: m.training for m in model.modules()}
-    buffers = {b: b.clone() for b in model.buffers()} if training else {}
+    kept = [(m, n, b, b.clone()) for m in model.modules() for n, b in m._buffers.items() if b is not None and training]
     try:
         model.train(training)
         yield
     finally:
         for m, mode in modes.items():
             m.training = mode
-        for b, kept in buffers.items():
-            b.copy_(kept)
+        for module, name, buffer, values in kept:
+            module._buffers[name] = buffer.copy_(
+                values
+            )  # the tensor may have been written, or another put in its place

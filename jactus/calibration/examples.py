@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Path = tuple[str, ...]
+Where = tuple[str, ...]  # of a leaf in a nested batch
 
 
-def mapped(batch: Any, change: Callable[[Path, Any], Any], path: Path = ()) -> Any:
+def mapped(batch: Any, change: Callable[[Where, Any], Any], path: Where = ()) -> Any:
     """The batch with `change(path, leaf)` in the place of every leaf; containers keep their kind."""
     if isinstance(batch, Mapping):
         changed = {key: mapped(value, change, (*path, str(key))) for key, value in batch.items()}
@@ -36,11 +36,11 @@ def to_device(batch: Any, device: torch.device) -> Any:
     return mapped(batch, lambda path, leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf)
 
 
-def tensors(batch: Any) -> Iterator[tuple[Path, Tensor]]:
+def tensors(batch: Any) -> Iterator[tuple[Where, Tensor]]:
     """The tensors of a batch with where they are in it."""
-    found: list[tuple[Path, Tensor]] = []
+    found: list[tuple[Where, Tensor]] = []
 
-    def see(path: Path, leaf: Any) -> Any:
+    def see(path: Where, leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
             found.append((path, leaf))
         return leaf
@@ -78,12 +78,18 @@ def take(batch: Any, chosen: Sequence[int]) -> Any:
     """The chosen examples of a batch whose `size` is known."""
     rows = size(batch)
 
-    def pick(path: Path, leaf: Any) -> Any:
+    def pick(path: Where, leaf: Any) -> Any:
         if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == rows:
             return leaf[list(chosen)]
         return leaf
 
     return mapped(batch, pick)
+
+
+def few(batch: Any, count: int = 2) -> Any:
+    """The first examples of a batch; all of one that cannot be cut."""
+    rows = size(batch)
+    return batch if rows is None else take(batch, range(min(rows, count)))
 
 
 def singles(batch: Any) -> Iterator[Any]:

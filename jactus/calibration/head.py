@@ -11,7 +11,7 @@ from tqdm import tqdm
 from jactus_kernels import JactusError
 
 from ..model.families import head_parameters
-from .cache import Cache
+from .cache import DecoderCache
 from .examples import to_device
 from .losses import Loss, LossSum
 from .passes import frozen_eval
@@ -46,12 +46,12 @@ def fit_head(
     wanted = {name: p.requires_grad for name, p in model.named_parameters()}
     losses = LossSum(model, loss, verify)
     kept: list[Any] = []
-    with frozen_eval(model), Cache(model) as cache, Replay(model, wanted_head) as replay:
+    with frozen_eval(model), DecoderCache(model) as cache, Replay(model, wanted_head) as replay:
         for index, batch in enumerate(tqdm(batches, "features", unit="batch", disable=not progress)):
             batch = to_device(batch, device)
+            losses.prepare(batch, index)
             if not index:
                 cache.decide(batch, losses.value)
-            losses.prepare(batch, index)
             replay.record(functools.partial(_summed, losses, batch, index), index)
             kept.append(batch)
         if not kept:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from jactus_kernels import JactusError
 
-from .examples import size, take
+from .examples import few
 from .probes import IGNORED
 from .terms import Terms
 
@@ -30,6 +30,7 @@ class LossSum:
     def __init__(self, model: nn.Module, loss: Loss | None, verify: bool = True) -> None:
         self.model, self.loss = model, loss
         self.terms = Terms(model, self.scalar, verify)
+        self.is_number: bool | None = None  # known once the loss was seen
 
     def of(self, batch: Any, index: int, blame: Callable[[int], None] | None = None) -> tuple[Tensor, int]:
         """The sum (a scalar with its graph) and the number of terms of batch number `index`.
@@ -43,8 +44,13 @@ class LossSum:
         elif result.dim() > 0:
             total, terms = widened(result).sum(), _unreduced_terms(result, batch)
         else:
-            factor, terms = self.terms.of(batch, index, known=bool(torch.isfinite(result)))
-            total = widened(result) * factor
+            factor, terms = self.terms.of(batch, index)
+            total = widened(result) * (factor or 1)
+            if not factor and terms and torch.isfinite(result):
+                raise JactusError(
+                    f"batch {index}: the loss is {float(result):.6g}, and of its examples alone it is not finite, so what it sums "
+                    "cannot be told; pass loss= that returns (sum, number of terms)"
+                )
         if terms < 1:
             raise JactusError(f"batch {index} has no loss term (all its labels are -100); drop it or check the labels")
         if not torch.isfinite(total):
@@ -54,13 +60,18 @@ class LossSum:
         return total, terms
 
     def prepare(self, batch: Any, index: int) -> None:
-        """Find the rule of a loss that is one number, before anything is recorded; does nothing for other losses."""
-        rows = size(batch)
-        few = batch if rows is None else take(batch, range(min(rows, 2)))
-        with torch.no_grad():
-            result = self._result(few, index)
-            if isinstance(result, Tensor) and result.dim() == 0 and torch.isfinite(result):
-                self.terms.of(batch, index)
+        """Find the rule of a loss that is one number, where it is not known yet: before the batch is recorded, since the model
+        is run on a few of its examples; does nothing for other losses."""
+        if self.is_number is None:
+            with torch.no_grad():
+                result = self._result(few(batch), index)
+            self.is_number = isinstance(result, Tensor) and result.dim() == 0
+        if self.is_number and self.terms.undecided(batch):
+            self.terms.decide(batch, index)
+
+    def is_empty(self, batch: Any) -> bool:
+        """Whether the loss has no term in this batch."""
+        return bool(self.is_number and self.terms.left and self.terms.left[0].count(batch) == 0)
 
     def found(self) -> str:
         """What the loss was found to be, in words."""

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from jactus_kernels import JactusError
 
 from ..model.families import is_encoder_decoder
-from .examples import Path, mapped, size, take, tensors
+from .examples import Where, mapped, size, take, tensors
 from .probes import IGNORED
 
-Masks = dict[Path, Tensor]  # where it is in the batch → (B, T) bool, True for tokens
+Masks = dict[Where, Tensor]  # where it is in the batch → (B, T) bool, True for tokens
 DECODER = ("labels, as the decoder's input",)  # the key of a mask that is made of labels
 MASK = re.compile(r"(^|_)((attention|padding|pixel|input)_)?mask(_|$)")
-OTHER_MASKS = re.compile(r"global|perm|head|special|cross|target|time|feature|bool|causal|token_type")
+OTHER_MASKS = re.compile(r"global_|perm_|head_mask|special_|bool_masked|cross_attention|causal_|time_indices")
 
 
 def masks_of(model: nn.Module, batch: Any, index: int) -> Masks:
@@ -44,7 +44,7 @@ def masks_of(model: nn.Module, batch: Any, index: int) -> Masks:
     return {path: mask for path, mask in found.items() if not bool(mask.all())}
 
 
-def suspects(batch: Any, known: Masks) -> list[tuple[Path, bool, Tensor]]:
+def suspects(batch: Any, known: Masks) -> list[tuple[Where, bool, Tensor]]:
     """What may be a mask though it is not called one: each tensor of zeros and ones, (B, T), and its negative."""
     found = []
     for path, t in tensors(batch):
@@ -61,7 +61,8 @@ def suspects(batch: Any, known: Masks) -> list[tuple[Path, bool, Tensor]]:
 
 def as_mask(name: str, t: Tensor) -> Tensor | None:
     """(B, T) bool of a tensor of zeros and ones; None of anything else. A bool `…padding_mask` is torch's: True is padding."""
-    if t.dim() not in (2, 3) or (t.dim() == 3 and t.shape[1] == t.shape[2]):
+    square = t.dim() == 3 and t.shape[1] == t.shape[2]  # of pairs of tokens, unless it is of images
+    if t.dim() not in (2, 3) or (square and "pixel" not in name):
         return None
     if t.dtype != torch.bool and not bool(((t == 0) | (t == 1)).all()):
         return None
@@ -73,20 +74,21 @@ def cut(batch: Any, masks: Masks, row: int, model: nn.Module, drop: int = 0) -> 
     """One example with its padding taken away, wherever a tensor has a place for it; and `drop` more of its last tokens."""
     whole = size(batch) or 1
     alone = take(batch, [row])
-    keep: dict[Path, Tensor] = {}
+    keep: dict[Where, Tensor] = {}
     for path, mask in masks.items():
         own = mask.view(whole, -1, mask.shape[-1])[row].any(0).nonzero()[:, 0]
         keep[path] = own[: len(own) - drop] if len(own) > drop else own
     two_sided = is_encoder_decoder(model)
 
-    def shorter(path: Path, leaf: Any) -> Any:
+    def shorter(path: Where, leaf: Any) -> Any:
         owner = _owner(path, masks, two_sided)
         if owner is None or not isinstance(leaf, Tensor):
             return leaf
         length = masks[owner].shape[-1]
-        for dim in range(1, leaf.dim()):
-            if leaf.shape[dim] == length:
-                leaf = leaf.index_select(dim, keep[owner].to(leaf.device))
+        places = [dim for dim in range(1, leaf.dim()) if leaf.shape[dim] == length]
+        # of pairs of tokens both dimensions are places; elsewhere a second one is as long by chance
+        for dim in places if "mask" in path[-1] else places[:1]:
+            leaf = leaf.index_select(dim, keep[owner].to(leaf.device))
         return leaf
 
     return mapped(alone, shorter)
@@ -98,7 +100,7 @@ def shortened(batch: Any, masks: Masks) -> bool:
     return all(path == DECODER or path[-1].startswith("decoder_") or path in with_tensors for path in masks)
 
 
-def _owner(path: Path, masks: Masks, two_sided: bool) -> Path | None:
+def _owner(path: Where, masks: Masks, two_sided: bool) -> Where | None:
     """The mask that speaks of a tensor: of the same kin by its name (`…_chosen`, `decoder_…`), or the only one beside it."""
     name = path[-1] if path else ""
     if two_sided and (name == "labels" or name.startswith("decoder_")):

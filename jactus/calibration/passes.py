@@ -15,9 +15,9 @@ from jactus_kernels import JactusError
 from ..config import JactusConfig
 from ..model.families import output_embedding
 from ..model.targets import Target, find_targets, refuse_absent
-from .cache import Cache
+from .cache import DecoderCache
 from .checks import check_forwards
-from .examples import singles, size, take, to_device
+from .examples import few, singles, size, to_device
 from .losses import Loss, LossSum
 from .padding import masks_of
 from .recorder import Recorder
@@ -161,7 +161,7 @@ def _one_pass(
     recorder = Recorder(targets, config, sums, statistics, tokens)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     index = -1
-    with frozen_eval(model), recorder.hooks(), Cache(model) as cache:
+    with frozen_eval(model), recorder.hooks(), DecoderCache(model) as cache:
         label = "calibrating" if number == 0 else f"calibrating, pass {number + 1}"
         for index, batch in enumerate(tqdm(batches, label, unit="batch", disable=not progress)):
             snapshots.see(batch)
@@ -174,7 +174,10 @@ def _one_pass(
                 statistics.outputs = _look(model, targets, batch, losses, tokens, cache, index, verify)
             tokens.begin(batch, index)
             for part_of in _alone(batch, index, tokens) if tokens.alone else (batch,):
+                losses.prepare(part_of, index)
                 if tokens.alone:
+                    if losses.is_empty(part_of):
+                        continue
                     tokens.one_of(part_of)
                 recorder.begin(index)
                 with torch.enable_grad() if recorder.backward else torch.no_grad():
@@ -205,14 +208,14 @@ def _look(
     batch: Any,
     losses: LossSum,
     tokens: Tokens,
-    cache: Cache,
+    cache: DecoderCache,
     index: int,
     verify: bool,
 ) -> tuple[str, ...]:
     """What the first batch shows, before anything is summed; returns the layers that compute the model's answer."""
     masks_of(model, batch, index)  # refuses what is no mask of padding before the model is run on it
-    cache.decide(batch, losses.value)
     losses.prepare(batch, index)
+    cache.decide(batch, losses.value)
     tokens.begin(batch, index)
     assert tokens.first is not None
     for name in tokens.first.changed:
@@ -232,8 +235,7 @@ def _look(
             "is one, and fresh, exclude it (exclude_modules), fit it first and name it in trainable_extras", targets[name],
         )  # fmt: skip
     if verify:
-        rows = size(batch)
-        check_forwards(model, targets, batch if rows is None else take(batch, range(min(rows, 2))), losses.value)
+        check_forwards(model, targets, few(batch), losses.value)
         logger.info("the loss is %s; every target is used by its forward alone", losses.found())
     return tokens.first.outputs
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model.families import inner_models, is_encoder_decoder
-from .examples import Path, mapped, size, take, tensors
+from .examples import Where, mapped, size, take, tensors
 
 IGNORED = -100  # by torch's cross-entropy and all of transformers
 FEW = 4  # examples that a rule is tried on
@@ -76,8 +76,7 @@ class Probes:
         rows = size(self.batch)
         if rows is None:
             return self._of_labels(self.batch)
-        fullest = sorted(range(rows), key=lambda i: -self._labels_of(i, rows))
-        few = take(self.batch, [fullest[i % rows] for i in range(max(2, min(rows, FEW)))])
+        few = take(self.batch, self._telling(rows))
         found = [self._cut(few)]
         present = [t for path, t in tensors(self.batch) if path in self.labels]
         for value in self.ignored:
@@ -94,6 +93,19 @@ class Probes:
         """The same with one more label an example, which is ignored: a mean over all places changes, and its sum does not."""
         more = self._with(few, lambda labels, value: nn.functional.pad(labels, (0, 1), value=value), IGNORED)
         return [Probe(few, [more], same_inputs=True)] if more is not None else []
+
+    def _telling(self, rows: int) -> list[int]:
+        """Two to a few of the examples: those with most labels, and first of all some that the rules count differently. One
+        without labels says nothing of what is averaged."""
+        labels = {i: self._labels_of(i, rows) for i in range(rows)}
+        able = [i for i in sorted(labels, key=lambda i: -labels[i]) if labels[i] or not any(labels.values())]
+        counts = {i: [rule.factor(take(self.batch, [i])) for rule in self.candidates] for i in able}
+        first = able[0]
+        apart = [
+            i for i in able if any(a * counts[first][0] != b * counts[i][0] for a, b in zip(counts[i], counts[first]))
+        ]
+        chosen = list(dict.fromkeys([first, *apart[: FEW - 1], *able]))[:FEW]
+        return chosen if len(chosen) > 1 else [first, first]
 
     @staticmethod
     def _cut(few: Any) -> Probe:
@@ -115,7 +127,7 @@ class Probes:
         """The batch with its sequences of labels changed; None where there is nothing to change."""
         changes = 0
 
-        def changed(path: Path, leaf: Any) -> Any:
+        def changed(path: Where, leaf: Any) -> Any:
             nonlocal changes
             if path not in self.labels or leaf.dim() < 2:
                 return leaf

@@ -158,13 +158,13 @@ class Recorder:
                     statistics.input_sums[name] = zeros(t, t.n, t.n)
 
     def _add_input(self, name: str, call: int, x: Tensor) -> None:
-        mask = self.tokens.of(name, call, x.shape)
-        self.statistics.tokens[name] += x.numel() // x.shape[-1] if mask is None else int(mask.sum())
+        mask, count = self.tokens.of(name, call, x.shape)
+        self.statistics.tokens[name] += count
         if self.config.needs_input:
             S = self.statistics.input_sums[name]
             covariance_update_(S, *_rows(x.detach(), mask, S.device))
         else:
-            self.totals[name] = x.detach().sum()
+            self.totals[name] = self.totals.get(name, 0) + x.detach().sum(dtype=torch.float32)
 
     def _add_gradient(self, name: str, x: Tensor | None, version: int, g: Tensor) -> None:
         self.gradients[name] = self.gradients.get(name, 0) + 1

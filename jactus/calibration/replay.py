@@ -1,5 +1,6 @@
 """The frozen part of a model answers from memory: what its modules returned is kept, and given back call by call."""
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 
 from jactus_kernels import JactusError
 
-TOLERANCE = {8: 1e-5, 4: 1e-4, 2: 3e-2}  # by the size of an element: how far rounding moves a loss
+from .examples import tensors
+from .rounding import rounding
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ class Replay:
     def _check(self, run: Callable[[], Tensor], loss: Tensor, index: int) -> None:
         with torch.no_grad(), self.of(len(self.outputs) - 1):
             again = run()
-        tolerance = TOLERANCE[min(p.element_size() for p in self.head.values())]
+        tolerance = rounding(self.model)[0]
         if abs(float(again) - float(loss)) > tolerance * max(abs(float(loss)), 1e-6):
             raise JactusError(
                 f"batch {index}: from the kept outputs of {sorted(self.frozen)[:3]} the loss is {float(again):.6g}, and the model's "
@@ -96,7 +98,7 @@ class Replay:
         self, whole: dict[str, list[Any]], run: Callable[[], Tensor], index: int
     ) -> dict[str, list[Any]] | None:
         """What of the outputs reaches the loss; None to keep them whole."""
-        draws = [self._reaching(whole, run) for _ in range(2)]
+        draws = [self._reaching(whole, run, seed) for seed in (0, 1)]
         if not draws[0] or any(not torch.equal(a, b) for a, b in zip(*(d.values() for d in draws))):
             return None
         kept = {name: [_cut_rows(out, draws[0]) for out in outs] for name, outs in whole.items()}
@@ -108,13 +110,15 @@ class Replay:
             loss = run()
         return kept if torch.equal(sparse_loss, loss) else None
 
-    def _reaching(self, whole: dict[str, list[Any]], run: Callable[[], Tensor]) -> dict[int, Tensor]:
+    def _reaching(self, whole: dict[str, list[Any]], run: Callable[[], Tensor], seed: int) -> dict[int, Tensor]:
         """id of each tensor of three dimensions → which of its rows have a gradient under a random head."""
-        leaves = [t for outs in whole.values() for out in outs for t in _tensors(out) if t.dim() > 2]
+        kept = (t for outs in whole.values() for out in outs for _, t in tensors(out))
+        leaves = [t for t in kept if t.is_floating_point() and t.dim() > 2]
         before = {p: p.data for p in self.head.values()}
         try:
+            draw = torch.Generator().manual_seed(seed)  # of its own: nobody else's random numbers change
             for p in before:
-                p.data = p.data + 0.02 * torch.randn(p.shape, device=p.device).to(p.dtype)
+                p.data = p.data + 0.02 * torch.randn(p.shape, generator=draw).to(p.device, p.dtype)
             for t in leaves:
                 t.requires_grad_(True)
             with torch.enable_grad(), self.of(len(self.outputs) - 1):
@@ -139,10 +143,20 @@ class Replay:
         turns = {name: iter(outs) for name, outs in self.outputs[index].items()}
         try:
             for name, module in self.frozen.items():
-                vars(module)["forward"] = lambda *args, name=name, **kwargs: _whole(next(turns[name]))
+                vars(module)["forward"] = functools.partial(_answer, name, turns.get(name, iter(())), index)
             yield
         finally:
             self._restore()
+
+
+def _answer(name: str, turns: Iterator[Any], index: int, *args: Any, **kwargs: Any) -> Any:
+    try:
+        return _whole(next(turns))
+    except StopIteration:
+        raise JactusError(
+            f"batch {index}: {name} is called more often than when its outputs were kept; the model calls it differently from one "
+            "forward to the next, so its head cannot be fitted from memory"
+        ) from None
 
 
 def _largest_without(model: nn.Module, head: set[int]) -> dict[str, nn.Module]:
@@ -179,13 +193,6 @@ def _features(output: Any) -> Any:
     if isinstance(output, tuple):
         return tuple(map(_features, output))
     return output
-
-
-def _tensors(output: Any) -> list[Tensor]:
-    if isinstance(output, Tensor):
-        return [output] if output.is_floating_point() else []
-    parts = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else ()
-    return [t for part in parts for t in _tensors(part)]
 
 
 def _cut_rows(output: Any, reaching: dict[int, Tensor]) -> Any:

@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,10 @@ def _feed(hasher: Any, batch: Any) -> None:
     if isinstance(batch, Tensor):
         hasher.update(f"{batch.dtype}{tuple(batch.shape)}".encode())
         storage.update(hasher, batch)
+    elif is_dataclass(batch) and not isinstance(batch, type):
+        for f in fields(batch):
+            hasher.update(f.name.encode())
+            _feed(hasher, getattr(batch, f.name))
     elif isinstance(batch, Mapping):
         for key in sorted(batch):
             hasher.update(str(key).encode())

@@ -6,6 +6,7 @@ is taken under which S = L · (number of terms) adds up over parts of a batch. L
 """
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,11 +18,9 @@ from jactus_kernels import JactusError
 from ..model.families import config_values, shifts_labels
 from .examples import size, tensors
 from .probes import IGNORED, Probe, Probes, Rule
+from .rounding import FULL, is_half, rounding
 
 logger = logging.getLogger("jactus")
-# How far rounding moves a sum, and what two rules must differ by to be told apart: of parameters in half precision, and of all
-# others (transformers computes its losses in float32 whatever the model's dtype).
-HALF, FULL = (3e-2, 2e-3), (1e-4, 1e-6)
 
 
 def rules(model: nn.Module, batch: Any) -> list[Rule]:
@@ -67,19 +66,26 @@ class Terms:
         self.first: tuple[int, ...] = ()
         self.said = ""
 
-    def of(self, batch: Any, index: int, known: bool = True) -> tuple[int, int]:
-        """What to multiply a batch's loss by, and how many terms it has; known: whether the loss is a number to go by."""
-        if not known and not self.left:
-            likeliest = rules(self.model, batch)[0]
-            return likeliest.factor(batch), likeliest.count(batch)
+    def undecided(self, batch: Any) -> bool:
+        """Whether the rule is not found yet, or this batch tells apart what earlier ones did not."""
+        return not self.left or self._apart(batch)
+
+    def decide(self, batch: Any, index: int) -> None:
+        """Find the rule, by the losses of a few examples. Nothing is decided where these are not finite."""
         if not self.left:
             candidates = [r for r in rules(self.model, batch) if r.count(batch) > 0]
             self._choose(candidates if self.verify else _convention(candidates, batch, index), batch, index)
-        elif known and self._apart(batch):
+        elif self._apart(batch):
             self._choose(self.left, batch, index)
             if self._apart(batch):
                 self._settle(batch, index)
-        return self.left[0].factor(batch), self.left[0].count(batch)
+
+    def of(self, batch: Any, index: int) -> tuple[int, int]:
+        """What to multiply a batch's loss by, and how many terms it has; 0 of each where that was not decided."""
+        if self.left:
+            return self.left[0].factor(batch), self.left[0].count(batch)
+        likeliest = rules(self.model, batch)[0]
+        return 0, 0 if likeliest.count(batch) == 0 else 1
 
     def _apart(self, batch: Any) -> bool:
         """Whether the rules that are left, alike on the batch they were chosen on, are not alike on this one."""
@@ -87,7 +93,10 @@ class Terms:
         return any(a * self.first[0] != b * counts[0] for a, b in zip(counts, self.first))
 
     def _choose(self, candidates: list[Rule], batch: Any, index: int) -> None:
-        before, self.left = self.first, self._tried(candidates, batch, index) if self.verify else candidates
+        before, found = self.first, self._tried(candidates, batch, index) if self.verify else candidates
+        if not found:
+            return
+        self.left = found
         if not before or len(self.left) < len(candidates):
             self.first = tuple(rule.factor(batch) for rule in self.left)
         self.said = str(self.left[0])
@@ -99,7 +108,7 @@ class Terms:
         if not self._apart(batch):
             return
         told = " or ".join(map(str, self.left[:2]))
-        if _rounding(self.model) == FULL:
+        if not is_half(self.model):
             raise JactusError(
                 f"batch {index}: whether the loss of {type(self.model).__name__} is {told} cannot be told from its values; pass "
                 "loss= that returns (sum, number of terms), or verify=False to go by transformers' conventions"
@@ -128,15 +137,17 @@ class Terms:
                     continue
                 raise
             wide = values[0].element_size() >= 4
-            rounding = FULL if probe.same_inputs and wide else _rounding(self.model)
+            tolerances = FULL if probe.same_inputs and wide else rounding(self.model)
             whole, *parts = map(float, values)
-            if abs(float(again) - whole) > rounding[0] * abs(whole):
+            if number == 0 and not all(map(math.isfinite, (whole, *parts))):
+                return []
+            if abs(float(again) - whole) > tolerances[0] * abs(whole):
                 raise JactusError(
                     f"batch {index}: the loss of {name} is another at a second call with the same examples "
                     f"({whole:.6g}, then {float(again):.6g}), in eval mode: what it sums cannot be told; make it "
                     "deterministic, or pass loss= that returns (sum, number of terms)"
                 )
-            told = _that_add_up(left, probe, [whole, *parts], rounding)
+            told = _that_add_up(left, probe, [whole, *parts], tolerances)
             if not told and probe.same_inputs:  # labels are no terms of their own (a sequence's likelihood)
                 told = [rule for rule in left if not rule.kind.endswith("labels")]
             if not told and not (number and any(v != v for v in (whole, *parts))):
@@ -161,15 +172,10 @@ def _convention(candidates: list[Rule], batch: Any, index: int) -> list[Rule]:
     return [(known or [Rule("rows")])[0]]
 
 
-def _rounding(model: nn.Module) -> tuple[float, float]:
-    sizes = [p.element_size() for p in model.parameters() if p.is_floating_point()]
-    return HALF if min(sizes, default=4) < 4 else FULL
-
-
 def _that_add_up(
-    candidates: list[Rule], probe: Probe, values: list[float], rounding: tuple[float, float]
+    candidates: list[Rule], probe: Probe, values: list[float], tolerances: tuple[float, float]
 ) -> list[Rule]:
-    tolerance, apart = rounding
+    tolerance, apart = tolerances
     missed = {}
     for rule in candidates:
         counts = [rule.factor(b) for b in (probe.whole, *probe.parts)]

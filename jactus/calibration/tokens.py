@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from jactus_kernels import JactusError
 
 from ..model.targets import Target
-from .evidence import SAME, Evidence, Rule, alike, lay
-from .examples import Path, size, take
+from .evidence import SAME, Evidence, Lies, Untold, alike, lay
+from .examples import Where, few, size, take
 from .padding import Masks, cut, masks_of, suspects
+from .rounding import HALF, is_half
 from .tracing import Call, Trace, trace
 
 logger = logging.getLogger("jactus")
@@ -35,15 +36,15 @@ class Tokens:
         self, model: nn.Module, targets: dict[str, Target], value: Callable[[Any], float], verify: bool
     ) -> None:
         self.model, self.targets, self.value, self.verify = model, targets, value, verify
-        self.rules: dict[Call, Rule] = {}
-        self.known: set[Path] = set()
-        self.unnamed: dict[Path, bool] = {}  # masks that are called otherwise, and whether True is padding
-        self.considered: set[Path] = set()
+        self.rules: dict[Call, Lies] = {}
+        self.known: set[Where] = set()
+        self.unnamed: dict[Where, bool] = {}  # masks that are called otherwise, and whether True is padding
+        self.considered: set[Where] = set()
         self.first: Trace | None = None
         self.tables: set[Call] = set()
-        self.unsure: set[tuple[Path, Path]] = set()  # masks that were alike where they were looked at
+        self.unsure: set[tuple[Where, Where]] = set()  # masks that were alike where they were looked at
         self.masks: Masks = {}
-        self.laid: dict[Any, Tensor] = {}
+        self.laid: dict[Any, tuple[Tensor, int]] = {}
         self.index = -1
 
     @property
@@ -66,20 +67,23 @@ class Tokens:
         """Take note of one example of the batch, which is run alone."""
         self.masks, self.laid = self._masks(batch), {}
 
-    def of(self, name: str, call: int, shape: torch.Size) -> Tensor | None:
-        """The (T,) bool mask for the input of shape (…, n), flattened to (T, n), of a layer's call; None keeps all rows.
+    def of(self, name: str, call: int, shape: torch.Size) -> tuple[Tensor | None, int]:
+        """The (T,) bool mask for the input of shape (…, n), flattened to (T, n), of a layer's call (None keeps all rows), and how
+        many rows it keeps.
 
         Raises JactusError when padding cannot be told from tokens.
         """
+        everything = None, shape[:-1].numel()
         if not self.masks:
-            return None
+            return everything
         rule = self.rules.get((name, call), "unseen")
         if rule == "unseen":
             if not self.verify:
-                return self._by_shape(name, shape)
+                mask = self._by_shape(name, shape)
+                return everything if mask is None else (mask, int(mask.sum()))
             raise self._untold(name, shape, "the first batch with padding made no such call")
         if rule is None or rule[0] not in self.masks:
-            return None
+            return everything
         key = (rule, shape[:-1])
         if key not in self.laid:
             laid = lay(self.masks[rule[0]], rule[1], shape[:-1], self.model)
@@ -87,7 +91,7 @@ class Tokens:
                 raise self._untold(
                     name, shape, f"as in earlier batches its mask {'.'.join(rule[0])} would lie {rule[1]}"
                 )
-            self.laid[key] = laid
+            self.laid[key] = laid, int(laid.sum())  # once for all layers: asking makes a GPU wait
         return self.laid[key]
 
     def _masks(self, batch: Any) -> Masks:
@@ -100,40 +104,47 @@ class Tokens:
                     found[path] = mask
         return found
 
-    def _consider(self, batch: Any, path: Path) -> None:
+    def _consider(self, batch: Any, path: Where) -> None:
         """Is a tensor of zeros and ones a mask, whatever it is called? Then taking away what it leaves out changes no loss."""
         self.considered.add(path)
-        half = any(p.element_size() < 4 for p in self.model.parameters() if p.is_floating_point())
         rows = size(batch)
-        if half or rows is None:
-            return  # a loss in half precision does not tell
+        if rows is None:
+            return
+        half = is_half(self.model)
         for where, negated, mask in suspects(batch, {}):
             if where != path:
                 continue
             row = int((~mask).sum(-1).view(rows, -1).sum(-1).argmax())
             with contextlib.suppress(Exception):  # the model's own refusal of such an example
                 padded, bare = self.value(take(batch, [row])), self.value(cut(batch, {path: mask}, row, self.model))
-                if abs(padded - bare) <= 1e-5 * abs(padded):
-                    self.unnamed[path] = negated
-                    logger.info("%s was found to be a mask of padding", ".".join(path))
-                    return
+                if not padded or abs(padded - bare) > (HALF[0] if half else 1e-5) * abs(padded):
+                    continue
+                if half and not self._rows_agree(batch, {path: mask}):  # a loss in half precision does not tell alone
+                    continue
+                self.unnamed[path] = negated
+                logger.log(
+                    logging.WARNING if half else logging.INFO, "%s was found to be a mask of padding", ".".join(path)
+                )
+                return
+
+    def _rows_agree(self, batch: Any, masks: Masks) -> bool:
+        """Whether every call's rows are those of the examples cut by the mask."""
+        seen = Evidence(self.model, self.targets, self.value, batch, masks)
+        return not seen.failed and all(seen.rule(call)[1] <= SAME / 2 for call in seen.pair.shapes)
 
     def _see_first(self, batch: Any, index: int) -> None:
         rows = size(batch)
+        self.first = trace(self.model, self.targets, lambda: self.value(few(batch, 1)))
         if rows is None or not self.verify:
-            few = batch if rows is None else take(batch, [0])
-            self.first = trace(self.model, self.targets, lambda: self.value(few))
             return
-        self.first = trace(self.model, self.targets, lambda: self.value(take(batch, [0])))
         two = trace(self.model, self.targets, lambda: self.value(take(batch, [0, min(1, rows - 1)])))
-        self.tables = {call for call in two.inputs if two.rows(call) == self.first.rows(call)}
+        self.tables = {call for call in two.shapes if two.rows(call) == self.first.rows(call)}
         for name, number in sorted(self.tables):
-            shape = tuple(self.first.inputs[name, number].shape)
+            shape = tuple(self.first.shapes[name, number])
             logger.info(
                 "%s is given %s whatever the number of examples (a table that they share): they are run one at a time",
                 self.targets[name], shape,
             )  # fmt: skip
-        self.first.inputs.clear()  # one example's activations, needed no more
 
     def _see_padding(self, batch: Any, index: int) -> None:
         if not self.verify:
@@ -148,15 +159,16 @@ class Tokens:
             return
         seen = Evidence(self.model, self.targets, self.value, batch, self.masks)
         self.unsure.clear()
-        for name, call in seen.pair.inputs:
+        for name, call in seen.pair.shapes:
             where = (name, call)
             if where in self.tables:
                 self.rules[where] = None
                 continue
-            rule, error = seen.rule(where)
-            if rule == "none":
-                raise self._untold(name, seen.pair.inputs[where].shape, seen.told(where))
-            self.rules[where] = rule  # type: ignore[assignment]
+            try:
+                rule, error = seen.rule(where)
+            except Untold as e:
+                raise self._untold(name, seen.pair.shapes[where], str(e)) from e
+            self.rules[where] = rule
             if error > SAME:
                 logger.warning(
                     "%s: padding changes what the model computes for real tokens (by %.0f%% here), so results depend on it",
@@ -165,9 +177,11 @@ class Tokens:
         self.known |= set(self.masks)
         self.unsure |= seen.unsure
         used = {".".join(rule[0]) for rule in self.rules.values() if rule is not None}
-        logger.info(
-            "tokens are told from padding by %s, checked on batch %d", ", ".join(sorted(used)) or "nothing", index
-        )
+        told = ", ".join(sorted(used)) or "nothing"
+        if seen.failed:
+            logger.warning("tokens are told from padding by %s, by its shape alone, unverified: %s", told, seen.failed)
+        else:
+            logger.info("tokens are told from padding by %s, checked on batch %d", told, index)
 
     def _by_shape(self, name: str, shape: torch.Size) -> Tensor | None:
         fitting = [m for m in self.masks.values() if shape[:-1] in (m.shape, (m.numel(),))]

@@ -9,18 +9,20 @@ from torch import Tensor, nn
 
 from ..model.families import HEADS, inner_models
 from ..model.targets import Target
+from .examples import tensors
 
 Call = tuple[str, int]  # a layer's name, and which of its calls in a forward
 
 
 @dataclass
 class Trace:
-    """inputs: what each call was given, (…, n), as it was then; owners: for each layer the first one that was given the very
+    """shapes: of what each call was given, (…, n); inputs: that itself, as it was then; owners: for each layer the first one that was given the very
     same tensors; outputs: of layers whose last output is what the model returns, names; not_heads: modules of a plain
     model that are called like a head, and whose output is not; changed: layers whose forward another tool replaced, and gives
     something else than the layer's own."""
 
     inputs: dict[Call, Tensor] = field(default_factory=dict)
+    shapes: dict[Call, torch.Size] = field(default_factory=dict)
     owners: dict[str, str] = field(default_factory=dict)
     outputs: tuple[str, ...] = ()
     not_heads: tuple[str, ...] = ()
@@ -28,8 +30,7 @@ class Trace:
 
     def rows(self, call: Call) -> int:
         """How many rows a call was given; 0 for one that was not made."""
-        x = self.inputs.get(call)
-        return 0 if x is None else x.numel() // max(x.shape[-1], 1)
+        return self.shapes[call][:-1].numel() if call in self.shapes else 0
 
 
 def input_of(args: tuple, kwargs: dict) -> Tensor:
@@ -38,17 +39,23 @@ def input_of(args: tuple, kwargs: dict) -> Tensor:
 
 
 @torch.no_grad()
-def trace(model: nn.Module, targets: dict[str, Target], run: Callable[[], Any]) -> Trace:
-    """Run the model and see what the targets are given. Every hook is removed again."""
+def trace(model: nn.Module, targets: dict[str, Target], run: Callable[[], Any], values: bool = False) -> Trace:
+    """Run the model and see what the targets are given; with `values`, the inputs too, on the CPU. Hooks are removed again."""
     found = Trace()
     seen: dict[str, list[Tensor]] = {}
+    copies: dict[tuple[int, int], Tensor] = {}
     last: dict[str, Tensor] = {}
     returned: list[Any] = []
 
     def before(name: str) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
             x = input_of(args, kwargs)
-            found.inputs[name, len(seen.setdefault(name, []))] = x.detach().clone()
+            call = (name, len(seen.setdefault(name, [])))
+            found.shapes[call] = x.shape
+            if values:  # as they are now: the model may overwrite them; layers that share a tensor share its copy
+                key = (id(x), x._version)
+                copies.setdefault(key, x.detach().to("cpu", copy=True))
+                found.inputs[call] = copies[key]
             seen[name].append(x)  # the reference keeps it alive, so that identity tells which layers share one
 
         return hook
@@ -85,9 +92,5 @@ def trace(model: nn.Module, targets: dict[str, Target], run: Callable[[], Any]) 
 
 def logits_in(output: Any) -> list[Tensor]:
     """What a model returns as its answer: `logits`, or all there is of a plain module's tensors."""
-    logits = output.get("logits") if hasattr(output, "get") else getattr(output, "logits", None)
-    if isinstance(logits, Tensor):
-        return [logits]
-    if isinstance(output, Tensor):
-        return [output]
-    return [t for t in output if isinstance(t, Tensor)] if type(output) in (tuple, list) else []
+    found = {where: t for where, t in tensors(output)}
+    return [t for where, t in found.items() if where[-1:] == ("logits",)] or list(found.values())

@@ -19,7 +19,7 @@ from ..model.families import head_parameters
 from ..model.lowrank import compressed_layers, core_layers
 from ..model.targets import fingerprint
 from . import storage
-from .quantizer import file_digest, own_name, record
+from .quantizer import file_digest, names, own_name, record
 from .reload import check_files
 
 logger = logging.getLogger("jactus")
@@ -31,7 +31,8 @@ def save_pretrained(model: PreTrainedModel, directory: str | os.PathLike, **kwar
     """Write config.json and safetensors to `directory`, to be reloaded by `AutoModelFor….from_pretrained(directory)`.
 
     All is written beside the directory's files first and moved in at the end, so a failure (a full disk) leaves an old
-    checkpoint whole; files of yours in the directory stay. kwargs go to the model's own `save_pretrained`.
+    checkpoint whole; files of yours in the directory stay. kwargs go to the model's own `save_pretrained`; with
+    is_main_process=False nothing is written.
 
     Raises JactusError for a model that is not a transformers one, or when the disk refuses.
     """
@@ -40,6 +41,8 @@ def save_pretrained(model: PreTrainedModel, directory: str | os.PathLike, **kwar
             f"save_pretrained needs a transformers PreTrainedModel, got {type(model).__name__}; for a plain module save "
             "model.state_dict(), and load it into a model compressed with the same plan"
         )
+    if not kwargs.pop("is_main_process", True):
+        return  # in a loop on several processes the first one writes
     directory = Path(directory)
     record(model)
     partial = None
@@ -139,7 +142,8 @@ def _state(model: nn.Module) -> dict[str, torch.Tensor]:
 def _task_names(model: nn.Module) -> set[str]:
     """Cores, what trains now, and what was chosen to train before the model was frozen."""
     recorded = getattr(getattr(model, "config", None), "quantization_config", None)
-    chosen = {own_name(model, name) for name in getattr(recorded, "trainable", ())}
+    known = names(model)
+    chosen = {own_name(model, name, known) for name in getattr(recorded, "trainable", ())}
     trains = {name for name, p in model.named_parameters() if p.requires_grad or name in chosen}
     return trains | _core_names(model)
 

@@ -95,10 +95,21 @@ def record(model: nn.Module) -> None:
     if compressed_layers(model):
         config.quantization_config = describe(model)
         _save_names_as_they_are(model)
-    elif hasattr(config, "quantization_config"):
+    elif getattr(getattr(config, "quantization_config", None), "quant_method", None) == METHOD:
         del config.quantization_config
         if KEPT in vars(model):
             model._weight_conversions = vars(model).pop(KEPT)
+
+
+def refuse_quantized(model: nn.Module) -> None:
+    """Raise JactusError where the model's config says that another tool quantised it: it cannot say both."""
+    found = getattr(getattr(model, "config", None), "quantization_config", None)
+    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    if found is not None and method != METHOD:
+        raise JactusError(
+            f"{type(model).__name__} is quantised ({getattr(method, 'value', method)}), and its config could not say so and that it "
+            "is compressed; load the model unquantised"
+        )
 
 
 KEPT = "_jactus_weight_conversions"
@@ -143,7 +154,8 @@ class JactusQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         _refuse_missing(model)
-        trainable = {own_name(model, name) for name in self.quantization_config.trainable}
+        known = names(model)
+        trainable = {own_name(model, name, known) for name in self.quantization_config.trainable}
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in trainable)
         record(model)
@@ -171,7 +183,8 @@ def put(model: nn.Module, layers: dict[str, dict[str, Any]], partly: bool = Fals
     """Put empty low-rank layers where a record has them. `partly`: what the model has no place for (another head's pooler, the
     decoder of an encoder) is left out, as transformers leaves out weights. Raises JactusError where a layer has no place, or one
     of another kind."""
-    places = {name: own_name(model, name) for name in layers}
+    known = names(model)
+    places = {name: own_name(model, name, known) for name in layers}
     for name, kept in layers.items():
         own = places[name]
         old = model.get_submodule(own) if own is not None else None
@@ -204,11 +217,15 @@ def _refuse_missing(model: nn.Module) -> None:
                 )
 
 
-def own_name(model: nn.Module, name: str) -> str | None:
+def names(model: nn.Module) -> set[str]:
+    """The names of a model's modules and parameters."""
+    return {n for n, _ in model.named_modules()} | {n for n, _ in model.named_parameters()}
+
+
+def own_name(model: nn.Module, name: str, known: set[str]) -> str | None:
     """The name in `model` of a module or parameter called `name` in the checkpoint: a base model's may lack the head's
     prefix, and the other way round. None if there is none."""
     prefix = getattr(model, "base_model_prefix", "")
-    known = {n for n, _ in model.named_modules()} | {n for n, _ in model.named_parameters()}
     options = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
     return next((option for option in options if option in known), None)
 

@@ -24,11 +24,7 @@ def check_files(model: PreTrainedModel, folder: Path) -> None:
     for file in folder.glob("*.safetensors"):
         with safe_open(file, framework="pt") as tensors:
             found |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
-    tied = {name for names in (model._tied_weights_keys or {},) for name in names}
-    ignored = tuple(model._keys_to_ignore_on_save or ())
     for name, shape in wanted.items():
-        if name in tied or name in ignored or any(p is not None and name in p for p in (ignored,)):
-            continue
         if name in found and found[name] != shape:
             raise _unreadable(
                 model, folder, f"{name} is {tuple(found[name])} in it, and a reload asks for {tuple(shape)}"

@@ -5,14 +5,14 @@ from torch import nn
 
 from jactus_kernels import JactusError
 
-from ..checkpoints.quantizer import record
+from ..checkpoints.quantizer import record, refuse_quantized
 from ..config import JactusConfig
 from ..model.lowrank import CoreLinear, LowRankLinear, compressed_layers, core_layers, replace_module
 from ..model.targets import find_targets
 from ..planning.planner import core_dtype
 from ..planning.plans import Plan, PlannedLayer
 from .coordinates import factors, step_scales
-from .trainable import mark_trainable
+from .trainable import extra_parameters, mark_trainable
 
 
 def compress(model: nn.Module, plan: Plan) -> nn.Module:
@@ -26,7 +26,10 @@ def compress(model: nn.Module, plan: Plan) -> nn.Module:
         raise JactusError(
             f"compress takes a Plan, got {type(plan).__name__}; plan first, then pass plan.at(0.6) or the like"
         )
+    refuse_quantized(model)
     targets = find_targets(model, plan.config)
+    for extra in plan.config.trainable_extras:
+        extra_parameters(model, extra)  # refuses one that names nothing
     for name, layer in plan.layers.items():
         target = targets.get(name)
         if target is None or target.fingerprint != layer.fingerprint:
@@ -51,12 +54,15 @@ def compress(model: nn.Module, plan: Plan) -> nn.Module:
                 made[name] = core_linear_from(layer, rank, targets[name].module, plan.config, steps[name])
             except torch.linalg.LinAlgError as e:
                 raise JactusError(f"{name} ({layer.m}×{layer.n}) at rank {rank}: {e}; the model is as it was") from e
-    for name, new in made.items():
-        replace_module(model, name, new)
-    extras = plan.config.trainable_extras
+    for name in list(made):
+        replace_module(model, name, made.pop(name).to(targets[name].weight.device))
+    mark_trainable(model, plan.config.trainable_extras)
     # A head that is called like any other layer, and stays dense, has no core to train: it trains itself, as heads do.
-    heads = [name for name in plan.outputs if plan.ranks.get(name) is None] if "head" in extras else []
-    mark_trainable(model, (*extras, *heads))
+    heads = [name for name in plan.outputs if plan.ranks.get(name) is None]
+    if heads and "head" in plan.config.trainable_extras:
+        for name in heads:
+            model.get_submodule(name).requires_grad_(True)
+        record(model)
     return model
 
 
@@ -64,8 +70,8 @@ def compress(model: nn.Module, plan: Plan) -> nn.Module:
 def core_linear_from(
     layer: PlannedLayer, rank: int, old: nn.Module, config: JactusConfig, step: float = 1.0
 ) -> CoreLinear:
-    """The three-factor layer of a planned layer at `rank`, its steps scaled by `step`, with the bias, device, dtype and mode
-    of the old one."""
+    """The three-factor layer of a planned layer at `rank`, its steps scaled by `step`, with the bias, dtype and mode of the old
+    one; its factors on the CPU, where they are until the dense weight goes."""
     weight: torch.Tensor = old.weight  # type: ignore[assignment]
     U, C, V, reach = factors(layer, rank, config, step)
     basis = config.basis_dtype(weight.dtype)
@@ -81,9 +87,9 @@ def core_linear_from(
         )
     for name, value, dtype in (("U", U, basis), ("core", C, core_dtype(config, basis)), ("V", V, basis)):
         trains = getattr(new, name).requires_grad
-        setattr(new, name, nn.Parameter(value.to(weight.device, dtype).contiguous(), requires_grad=trains))
+        setattr(new, name, nn.Parameter(value.to("cpu", dtype).contiguous(), requires_grad=trains))
     if new.block is not None:
-        new.block = nn.Parameter(torch.zeros(new.block.shape, dtype=new.core.dtype, device=weight.device))
+        new.block = nn.Parameter(torch.zeros(new.block.shape, dtype=new.core.dtype))
     new.bias = old.bias  # type: ignore[assignment]
     return new.train(old.training)
 

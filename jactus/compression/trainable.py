@@ -9,7 +9,7 @@ from jactus_kernels import JactusError
 
 from ..checkpoints.quantizer import record
 from ..model.families import head_parameters
-from ..model.lowrank import core_layers
+from ..model.lowrank import compressed_layers, core_layers
 
 
 def mark_trainable(model: nn.Module, extras: str | Sequence[str] = ("head",)) -> list[str]:
@@ -21,7 +21,7 @@ def mark_trainable(model: nn.Module, extras: str | Sequence[str] = ("head",)) ->
     """
     extras = (extras,) if isinstance(extras, str) else tuple(extras)
     chosen = {id(layer.core if layer.block is None else layer.block) for layer in core_layers(model).values()}
-    chosen |= {id(p) for extra in extras for p in _extra_parameters(model, extra).values()}
+    chosen |= {id(p) for extra in extras for p in extra_parameters(model, extra).values()}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in chosen)
     record(model)  # a reloaded model trains the same
@@ -45,7 +45,7 @@ def parameter_groups(model: nn.Module, lr: float, rates: Mapping[str, float]) ->
     groups: list[dict[str, Any]] = []
     grouped: set[int] = set()
     for extra, rate in rates.items():
-        found = {id(p): name for name, p in _extra_parameters(model, extra).items() if p.requires_grad}
+        found = {id(p): name for name, p in extra_parameters(model, extra).items() if p.requires_grad}
         twice = grouped.intersection(found)
         if not found or twice:
             why = f"{found[twice.pop()]}, which another of them names" if twice else "nothing that requires gradients"
@@ -59,17 +59,20 @@ def parameter_groups(model: nn.Module, lr: float, rates: Mapping[str, float]) ->
     return [{"params": rest, "lr": lr}, *groups] if rest else groups
 
 
-def _extra_parameters(model: nn.Module, extra: str) -> dict[str, nn.Parameter]:
+def extra_parameters(model: nn.Module, extra: str) -> dict[str, nn.Parameter]:
     """The parameters that a word of `trainable_extras` means, by name."""
     if extra == "head":
         return head_parameters(model)
     if extra == "bias":
         return {f"{name}.bias": x.bias for name, x in core_layers(model).items() if x.bias is not None}
     modules = {name for name, _ in model.named_modules() if name == extra or name.endswith(f".{extra}")}
+    low_rank = compressed_layers(model)  # of these cores train, and bases never do
     everything = model.named_parameters(remove_duplicate=False)  # a tied weight has the name that was asked for, too
-    found = {name: p for name, p in everything if name.rpartition(".")[0] in modules}
+    found = {name: p for name, p in everything if (of := name.rpartition(".")[0]) in modules and of not in low_rank}
     if not found:
-        why = "no module has parameters of its own; name those inside it" if modules else "no module at all"
+        why = "no module at all"
+        if modules:
+            why = "no module with parameters of its own that is not compressed; name those inside it, or others"
         raise JactusError(
             f"{extra!r} is to train or to have a rate, and of that ending {type(model).__name__} has {why}"
         )

@@ -130,7 +130,7 @@ def _plan_layer(
     if basis.itemsize > weight.itemsize:
         raise JactusError(
             f"{target} is stored in {weight.dtype}, and JactusConfig.dtype = {config.dtype!r} would store its factors wider, for "
-            "nothing: layers compute in their input's dtype; leave dtype=None, or choose core_dtype"
+            "nothing: layers compute in their input's dtype; leave dtype=None, or choose Core(dtype=…)"
         )
     return PlannedLayer(
         target.name,

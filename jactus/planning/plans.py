@@ -74,7 +74,9 @@ class PlannedLayer:
     @property
     def _timed(self) -> Times:
         if self.times is None:
-            raise JactusError(f"the plan has no times of {self.name}; plan again with Budget(unit='latency')")
+            raise JactusError(
+                f"the plan has no times of {self.name}; plan again with Budget(unit='latency', accounting='folded')"
+            )
         return self.times
 
     def width(self, rank: int, config: JactusConfig) -> int:

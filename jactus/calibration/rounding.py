@@ -1,0 +1,20 @@
+"""How far rounding moves what a model computes, by the precision that it computes in."""
+
+import torch
+from torch import nn
+
+# Relative: of a loss; and by how much two ways of counting it must differ to be told apart. transformers computes losses in float32
+# whatever the model's dtype, so wider models are no more exact.
+HALF, FULL = (3e-2, 2e-3), (1e-4, 1e-6)
+
+
+def is_half(model: nn.Module) -> bool:
+    """Whether the model computes in half precision: by its parameters, or under autocast."""
+    sizes = [p.element_size() for p in model.parameters() if p.is_floating_point()]
+    devices = {p.device.type for p in model.parameters()}
+    return min(sizes, default=4) < 4 or any(torch.is_autocast_enabled(d) for d in devices if d != "meta")
+
+
+def rounding(model: nn.Module) -> tuple[float, float]:
+    """The two tolerances of a loss."""
+    return HALF if is_half(model) else FULL
