@@ -13,6 +13,7 @@ from .calibration.head import fit_head as fit
 from .calibration.losses import Loss
 from .calibration.passes import calibrate
 from .compression.surgery import compress
+from .compression.trainable import extra_parameters
 from .config import JactusConfig
 from .planning.planner import plan
 
@@ -45,6 +46,8 @@ def adapt(
     unknown = set(options) - set(inspect.signature(calibrate).parameters)
     if unknown:
         raise JactusError(f"adapt: neither adapt nor calibrate has an argument {sorted(unknown)}")
+    for extra in config.trainable_extras:
+        extra_parameters(model, extra)  # refuses one that names nothing, before the work
     if fit_head:
         if iter(batches) is batches:
             raise JactusError("fit_head reads the batches twice, but they come from an iterator; pass a list or loader")

@@ -115,6 +115,10 @@ OTHER_RUNS = [
     (lambda: (BERT.model(), BERT.batches(5), SMALL.replace(metric="input")), "another configuration"),
     (lambda: (BERT.model(), BERT.batches(5), SMALL, {"statistics_dtype": "float64"}), "another configuration"),
     (lambda: (BERT.model(), BERT.batches(5), SMALL.replace(exclude_modules=("query",))), "another configuration"),
+    (
+        lambda: (BERT.model(), BERT.batches(5), SMALL, {"loss": lambda m, b: 2 * m(**b).loss}),
+        "another loss",
+    ),
     (lambda: (_other_head(BERT.model()), BERT.batches(5), SMALL), "head fitted anew"),
     (lambda: (BERT.model(seed=1), BERT.batches(5), SMALL), "another model"),
     (lambda: (VIT.model(), VIT.batches(5), SMALL), "another model"),

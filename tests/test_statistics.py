@@ -298,7 +298,9 @@ def test_rows_that_are_not_tokens_are_refused_with_or_without_padding():
 
     batch = BERT.batch()
     for mask in (batch["attention_mask"], torch.ones_like(batch["attention_mask"])):
-        with pytest.raises(jactus.JactusError, match=r"query \(Linear 16×16\) was called 2 times.*depends on 1"):
+        with pytest.raises(
+            jactus.JactusError, match=r"query .*(was called 2 times.*depends on 1|cannot be told from padding)"
+        ):
             calibrated(Positions(BERT.model()), [{**batch, "attention_mask": mask}])
     with pytest.raises(jactus.JactusError, match="2-D"):
         calibrated(BERT.model(), [{**batch, "attention_mask": batch["attention_mask"][:, None, None]}])

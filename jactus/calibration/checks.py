@@ -141,16 +141,14 @@ def _size(y: Tensor) -> float:
 
 @contextmanager
 def _mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Train or eval mode; afterwards modes and buffers (running statistics) are what they were."""
+    """Train or eval mode; afterwards modes are what they were."""
     modes = {m: m.training for m in model.modules()}
-    kept = [(m, n, b, b.clone()) for m in model.modules() for n, b in m._buffers.items() if b is not None and training]
+    own = [m for m in modes if type(m).train is not nn.Module.train]  # of which changing the mode does more
     try:
         model.train(training)
         yield
     finally:
+        for m in own:
+            m.train(modes[m])
         for m, mode in modes.items():
             m.training = mode
-        for module, name, buffer, values in kept:
-            module._buffers[name] = buffer.copy_(
-                values
-            )  # the tensor may have been written, or another put in its place

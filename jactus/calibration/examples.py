@@ -2,7 +2,7 @@
 
 import copy
 from collections import UserDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
@@ -13,14 +13,10 @@ Where = tuple[str, ...]  # of a leaf in a nested batch
 
 
 def mapped(batch: Any, change: Callable[[Where, Any], Any], path: Where = ()) -> Any:
-    """The batch with `change(path, leaf)` in the place of every leaf; containers keep their kind."""
+    """The batch with `change(path, leaf)` in the place of every leaf; containers are new, and of their kind."""
     if isinstance(batch, Mapping):
         changed = {key: mapped(value, change, (*path, str(key))) for key, value in batch.items()}
-        if isinstance(batch, UserDict):  # BatchEncoding and its kin, which people read by attribute
-            again = copy.copy(batch)
-            again.data = changed
-            return again
-        return changed
+        return changed if type(batch) is dict else _like(batch, changed)
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(mapped(v, change, (*path, name)) for name, v in zip(batch._fields, batch)))
     if isinstance(batch, list | tuple):
@@ -31,9 +27,33 @@ def mapped(batch: Any, change: Callable[[Where, Any], Any], path: Where = ()) ->
     return change(path, batch)
 
 
+def _like(batch: Mapping, changed: dict) -> Any:
+    """A mapping of another kind (BatchEncoding and its kin, which people read by attribute) with other values."""
+    again = copy.copy(batch)
+    if isinstance(again, UserDict):
+        again.data = changed
+    elif isinstance(again, MutableMapping):
+        for key, value in changed.items():
+            again[key] = value
+    else:
+        return changed
+    return again
+
+
 def to_device(batch: Any, device: torch.device) -> Any:
-    """The batch with its tensors on `device`; everything else as it is."""
-    return mapped(batch, lambda path, leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf)
+    """The batch with its tensors on `device`, and none of inference mode, which autograd refuses; everything else as it is."""
+
+    def moved(path: Where, leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return leaf.to(device, copy=leaf.is_inference())
+
+    return mapped(batch, moved)
+
+
+def copied(batch: Any) -> Any:
+    """The batch with tensors of its own: whoever is given it may overwrite them."""
+    return mapped(batch, lambda path, leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf)
 
 
 def tensors(batch: Any) -> Iterator[tuple[Where, Tensor]]:
@@ -75,15 +95,26 @@ def size(batch: Any) -> int | None:
 
 
 def take(batch: Any, chosen: Sequence[int]) -> Any:
-    """The chosen examples of a batch whose `size` is known."""
+    """The chosen examples of a batch whose `size` is known: of tensors, and of lists of as many plain values."""
     rows = size(batch)
+
+    def lists(part: Any) -> Any:
+        if (
+            isinstance(part, list)
+            and len(part) == rows
+            and not any(isinstance(v, Tensor | Mapping | list) for v in part)
+        ):
+            return [part[i] for i in chosen]
+        if type(part) is dict:
+            return {key: lists(value) for key, value in part.items()}
+        return part
 
     def pick(path: Where, leaf: Any) -> Any:
         if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == rows:
             return leaf[list(chosen)]
         return leaf
 
-    return mapped(batch, pick)
+    return mapped(lists(batch), pick)
 
 
 def few(batch: Any, count: int = 2) -> Any:

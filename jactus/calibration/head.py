@@ -14,7 +14,7 @@ from ..model.families import head_parameters
 from .cache import DecoderCache
 from .examples import to_device
 from .losses import Loss, LossSum
-from .passes import frozen_eval
+from .passes import frozen_eval, refuse_inference
 from .replay import Replay
 
 
@@ -41,6 +41,7 @@ def fit_head(
     Raises JactusError when the model has no head outside its base model, a batch has no loss, or what was kept does not give
     the model's own loss again.
     """
+    refuse_inference("fit_head", model)
     wanted_head = _head(model, (head,) if isinstance(head, str) else tuple(head))
     device = next(model.parameters()).device
     wanted = {name: p.requires_grad for name, p in model.named_parameters()}
@@ -57,7 +58,7 @@ def fit_head(
         if not kept:
             raise JactusError("no batch came out of `batches`; pass a list or loader with at least one")
         parameters = list(wanted_head.values())
-        before = [p.data for p in parameters]
+        before, gradients = [p.data for p in parameters], [p.grad for p in parameters]
         try:
             for p in parameters:
                 p.data = p.data.float() if p.element_size() < 4 else p.data.clone()  # no line search in half precision
@@ -70,6 +71,8 @@ def fit_head(
                 p.data = old
             raise
         finally:
+            for p, gradient in zip(parameters, gradients):
+                p.grad = gradient
             for name, p in model.named_parameters():
                 p.requires_grad_(wanted[name])
 
@@ -111,8 +114,9 @@ def _minimise(
             # The base model answers from memory, so the model's own code computes pooling, logits and loss.
             with replay.of(index):
                 summed, terms = losses.of(batch, index)
-            for total_gradient, g in zip(gradients, torch.autograd.grad(summed, head)):
-                total_gradient += g
+            for total_gradient, g in zip(gradients, torch.autograd.grad(summed, head, allow_unused=True)):
+                if g is not None:  # a batch of another task than this head's
+                    total_gradient += g
             total, count = total + float(summed.detach()), count + terms
         final = total / count
         penalty = sum(l2 * float(p.detach().square().sum()) for p in head if p.dim() > 1)

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from jactus_kernels import JactusError
 
-from .examples import few
+from .examples import copied, few, mapped, size
 from .probes import IGNORED
 from .terms import Terms
+from .undo import unchanged
 
 Loss = Callable[[nn.Module, Any], Any]
 # What Trainer divides a loss by in the place of its own number of terms; here the model counts for itself.
@@ -29,7 +30,7 @@ class LossSum:
 
     def __init__(self, model: nn.Module, loss: Loss | None, verify: bool = True) -> None:
         self.model, self.loss = model, loss
-        self.terms = Terms(model, self.scalar, verify)
+        self.terms = Terms(model, self.scalar, verify, own=loss is None)
         self.is_number: bool | None = None  # known once the loss was seen
 
     def of(self, batch: Any, index: int, blame: Callable[[int], None] | None = None) -> tuple[Tensor, int]:
@@ -40,13 +41,13 @@ class LossSum:
         """
         result = self._result(batch, index)
         if isinstance(result, tuple):
-            total, terms = result[0], int(result[1])
+            total, terms = result
         elif result.dim() > 0:
             total, terms = widened(result).sum(), _unreduced_terms(result, batch)
         else:
             factor, terms = self.terms.of(batch, index)
             total = widened(result) * (factor or 1)
-            if not factor and terms and torch.isfinite(result):
+            if not factor and terms and torch.isfinite(result) and result != 0:  # of nothing there is nothing to sum
                 raise JactusError(
                     f"batch {index}: the loss is {float(result):.6g}, and of its examples alone it is not finite, so what it sums "
                     "cannot be told; pass loss= that returns (sum, number of terms)"
@@ -63,9 +64,11 @@ class LossSum:
         """Find the rule of a loss that is one number, where it is not known yet: before the batch is recorded, since the model
         is run on a few of its examples; does nothing for other losses."""
         if self.is_number is None:
-            with torch.no_grad():
-                result = self._result(few(batch), index)
+            with torch.no_grad(), unchanged(self.model):
+                result = self._result(copied(few(batch)), index)
             self.is_number = isinstance(result, Tensor) and result.dim() == 0
+            if not self.is_number and self.terms.verify:
+                self.terms.check_sum(batch, index, told=isinstance(result, tuple))
         if self.is_number and self.terms.undecided(batch):
             self.terms.decide(batch, index)
 
@@ -83,19 +86,38 @@ class LossSum:
 
     def scalar(self, batch: Any) -> Tensor:
         """The same as a tensor, in the dtype that the loss has."""
-        with torch.no_grad():
-            result = self._result(batch, -1)
+        with torch.no_grad(), unchanged(self.model):
+            result = self._result(copied(batch), -1)
         result = result[0] if isinstance(result, tuple) else result
         return result if result.dim() == 0 else widened(result).sum()
 
     def _result(self, batch: Any, index: int) -> Any:
+        batch = mapped(batch, lambda path, leaf: leaf)  # the loss may take it apart
         if self.loss is None:
             return own_loss(self.model, batch, index)
         result = self.loss(self.model, batch)
-        pair = isinstance(result, tuple) and len(result) == 2
-        if not pair and not isinstance(result, Tensor):
+        if isinstance(result, tuple) and len(result) == 2:
+            return _pair(result, index)
+        if not isinstance(result, Tensor):
             raise JactusError(f"batch {index}: the loss is a {type(result).__name__}; return a tensor or (sum, terms)")
-        return result
+        one = result.numel() == 1 and result.dim() > 0 and (size(batch) or 1) > 1
+        return result.reshape(()) if one else result
+
+
+def _pair(result: tuple, index: int) -> tuple[Tensor, int]:
+    """The sum and the number of terms that a loss says it has."""
+    total, terms = result
+    number = terms.item() if isinstance(terms, Tensor) and terms.numel() == 1 else terms
+    if not isinstance(total, Tensor) or total.numel() != 1 or not isinstance(number, int | float):
+        shown = ", ".join(f"{type(x).__name__} {tuple(getattr(x, 'shape', ()))}" for x in result)
+        raise JactusError(
+            f"batch {index}: the loss is a pair ({shown}); return (sum, number of terms), or a tensor alone"
+        )
+    if number != int(number):
+        raise JactusError(
+            f"batch {index}: the loss has {number} terms; a number of terms is whole (weights are no terms)"
+        )
+    return total.reshape(()), int(number)
 
 
 def widened(loss: Tensor) -> Tensor:
@@ -123,9 +145,10 @@ def own_loss(model: nn.Module, batch: Any, index: int) -> Tensor:
     output = model(**{key: value for key, value in batch.items() if key != NORMALISER})
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if loss is None:
-        first = output[0] if isinstance(output, tuple) and output else output
-        # a model that returns tuples puts its loss first, when it has one
-        loss = first if isinstance(first, Tensor) and first.dim() == 0 and first.is_floating_point() else None
+        # a model that returns tuples, or its loss alone: the loss is the one number in it
+        parts = output if isinstance(output, tuple) else (output,)
+        numbers = [t for t in parts if isinstance(t, Tensor) and t.dim() == 0 and t.is_floating_point()]
+        loss = numbers[0] if len(numbers) == 1 else None
     if loss is None:
         raise JactusError(
             f"batch {index} with keys {sorted(map(str, batch))} gives no loss; add labels to it, or pass "

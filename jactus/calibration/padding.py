@@ -1,6 +1,8 @@
 """Which places of a batch are padding: what a mask says, and what can be taken away without changing the loss."""
 
 import re
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,8 +16,38 @@ from .probes import IGNORED
 
 Masks = dict[Where, Tensor]  # where it is in the batch → (B, T) bool, True for tokens
 DECODER = ("labels, as the decoder's input",)  # the key of a mask that is made of labels
-MASK = re.compile(r"(^|_)((attention|padding|pixel|input)_)?mask(_|$)")
-OTHER_MASKS = re.compile(r"global_|perm_|head_mask|special_|bool_masked|cross_attention|causal_|time_indices")
+# What transformers calls its masks of padding: trusted to be ones. Others must show it.
+NAMED = re.compile(r"(^|_)(attention|input|pixel)_mask(_|$)")
+OTHER_MASKS = re.compile(r"global_|perm_|cross_attention")
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """What may say which places are padding, though it is called otherwise: how it is made of the tensor at `where`."""
+
+    where: Where
+    kind: str  # 'ones', 'zeros' (are tokens), 'lengths', 'pads' (runs of one id at the end), 'labels' (ignored at the end)
+
+    @property
+    def key(self) -> Where:
+        """What the mask is called among masks."""
+        return self.where if self.kind in ("ones", "zeros") else (*self.where, self.kind)
+
+    def mask(self, batch: Any) -> Tensor | None:
+        """(B, T) bool, True for tokens; None where the batch has no such tensor."""
+        t = dict(tensors(batch)).get(self.where)
+        if t is None:
+            return None
+        if self.kind == "ones":
+            return t.bool().flatten(0, -2)
+        if self.kind == "zeros":
+            return ~t.bool().flatten(0, -2)
+        if self.kind == "lengths":
+            length = _length(batch, len(t))
+            return None if length is None else torch.arange(length, device=t.device) < t[:, None]
+        if self.kind == "labels":
+            return _up_to_the_last(t != IGNORED)
+        return _up_to_the_last(t != _pad_of(t))
 
 
 def masks_of(model: nn.Module, batch: Any, index: int) -> Masks:
@@ -28,7 +60,7 @@ def masks_of(model: nn.Module, batch: Any, index: int) -> Masks:
     found: Masks = {}
     for path, t in tensors(batch):
         name = path[-1] if path else ""
-        if not MASK.search(name) or OTHER_MASKS.search(name):
+        if not NAMED.search(name) or OTHER_MASKS.search(name):
             continue
         if (mask := as_mask(name, t)) is not None:
             found[path] = mask
@@ -39,35 +71,58 @@ def masks_of(model: nn.Module, batch: Any, index: int) -> Masks:
     labels = dict(tensors(batch)).get(("labels",))
     given = any(path[-1:] and path[-1].startswith("decoder") for path in found)
     if labels is not None and labels.dim() == 2 and not given and is_encoder_decoder(model):
-        counts = labels != IGNORED
-        found[DECODER] = counts.flip(1).cumsum(1).flip(1) > 0
+        found[DECODER] = _up_to_the_last(labels != IGNORED)
     return {path: mask for path, mask in found.items() if not bool(mask.all())}
 
 
-def suspects(batch: Any, known: Masks) -> list[tuple[Where, bool, Tensor]]:
-    """What may be a mask though it is not called one: each tensor of zeros and ones, (B, T), and its negative."""
-    found = []
+def suspects(batch: Any, known: Masks) -> Iterator[Suspect]:
+    """What may be a mask though it is not called one: tensors of zeros and ones, (B, T), and their negatives; lengths; and, in a
+    batch without a mask, ids that end in a run of one, and labels that end in ignored ones."""
+    rows = size(batch)
+    masked = any(path and NAMED.search(path[-1]) for path, _ in tensors(batch))
     for path, t in tensors(batch):
         name = path[-1] if path else ""
-        if path in known or name.endswith(("label", "labels")) or (mask := as_mask("", t)) is None:
+        whole = not t.is_floating_point() and t.dtype != torch.bool
+        if path in known:
             continue
-        if mask.shape[-1] == 1:  # one number an example
-            continue
-        if bool(mask.all()) or not bool(mask.any()):
-            continue
-        found += [(path, negated, m) for negated, m in ((False, mask), (True, ~mask)) if bool(m.any(-1).all())]
-    return found
+        if t.dim() == 1 and whole and len(t) == rows and (length := _length(batch, rows)) is not None:
+            if 0 < int(t.min()) < length == int(t.max()):
+                yield Suspect(path, "lengths")
+        elif not name.endswith(("label", "labels")) and (mask := as_mask("", t)) is not None and mask.shape[-1] > 1:
+            if not bool(mask.all()) and bool(mask.any()):
+                yield from (Suspect(path, kind) for kind in ("ones", "zeros"))
+        elif whole and t.dim() == 2 and t.shape[1] > 1 and not masked:
+            if name.endswith(("label", "labels")):
+                yield Suspect(path, "labels")
+            elif not name or name.isdigit() or "id" in name:
+                yield Suspect(path, "pads")
+
+
+def _length(batch: Any, rows: int | None) -> int | None:
+    """T of the (B, T, …) tensors of a batch, if they have one."""
+    found = {t.shape[1] for _, t in tensors(batch) if t.dim() > 1 and t.shape[0] == rows and t.shape[1] > 1}
+    return max(found) if found else None
+
+
+def _pad_of(ids: Tensor) -> Tensor:
+    """The id that ends most rows."""
+    values, counts = ids[:, -1].unique(return_counts=True)
+    return values[counts.argmax()]
+
+
+def _up_to_the_last(places: Tensor) -> Tensor:
+    """(B, T) bool: every place up to the last one that is marked."""
+    return places.flip(1).cumsum(1).flip(1) > 0
 
 
 def as_mask(name: str, t: Tensor) -> Tensor | None:
-    """(B, T) bool of a tensor of zeros and ones; None of anything else. A bool `…padding_mask` is torch's: True is padding."""
+    """(B, T) bool of a tensor of zeros and ones; None of anything else."""
     square = t.dim() == 3 and t.shape[1] == t.shape[2]  # of pairs of tokens, unless it is of images
     if t.dim() not in (2, 3) or (square and "pixel" not in name):
         return None
     if t.dtype != torch.bool and not bool(((t == 0) | (t == 1)).all()):
         return None
-    mask = t.bool().flatten(0, -2)
-    return ~mask if "padding" in name and t.dtype == torch.bool else mask
+    return t.bool().flatten(0, -2)
 
 
 def cut(batch: Any, masks: Masks, row: int, model: nn.Module, drop: int = 0) -> Any:
@@ -106,13 +161,18 @@ def _owner(path: Where, masks: Masks, two_sided: bool) -> Where | None:
     if two_sided and (name == "labels" or name.startswith("decoder_")):
         of_decoder = [m for m in masks if m == DECODER or m[-1].startswith("decoder_")]
         return of_decoder[0] if of_decoder else None
-    beside = [m for m in masks if m != DECODER and m[:-1] == path[:-1]]
+    beside = [m for m in masks if m != DECODER and _folder(m) == path[:-1]]
     kin = [m for m in beside if (affix := _affix(m[-1])) and affix in name]
     plain = [m for m in beside if not _affix(m[-1])]
     only = (plain or (beside if len(beside) == 1 else [])) or [None]  # type: ignore[list-item]
     return max(kin, key=lambda m: len(_affix(m[-1])), default=only[0])
 
 
+def _folder(mask: Where) -> Where:
+    """Where a mask's tensor is in the batch, whatever the mask was made of it by."""
+    return mask[:-2] if mask[-1] in ("lengths", "pads", "labels") and len(mask) > 1 else mask[:-1]
+
+
 def _affix(name: str) -> str:
     """What tells a mask from others of its kind: 'chosen' of attention_mask_chosen; '' of one with no such word."""
-    return re.sub(r"(attention|key|padding|input)_|mask", "", name).strip("_") if "mask" in name else ""
+    return re.sub(r"(attention|key|padding|input)_|mask", "", name).strip("_") if NAMED.search(name) else ""

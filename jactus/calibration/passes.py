@@ -64,8 +64,7 @@ def calibrate(
     """
     chosen = config = config or JactusConfig()
     sums = Summing.checked(statistics_dtype, statistics_device, loss_scale, memory_limit)
-    if torch.is_inference_mode_enabled():
-        raise JactusError("calibrate needs gradients and is called under torch.inference_mode(); call it outside")
+    refuse_inference("calibrate", model)
     targets = find_targets(model, config)
     config = config.with_share(output_embedding(model) is not None)
     refuse_absent(targets)
@@ -156,6 +155,7 @@ def _one_pass(
     verify: bool,
 ) -> Statistics:
     statistics, skip = snapshots.started(number)
+    resumable = snapshots.path is not None
     targets = {t.name: t for t in part}
     tokens = Tokens(model, targets, losses.value, verify)
     recorder = Recorder(targets, config, sums, statistics, tokens)
@@ -165,6 +165,8 @@ def _one_pass(
         label = "calibrating" if number == 0 else f"calibrating, pass {number + 1}"
         for index, batch in enumerate(tqdm(batches, label, unit="batch", disable=not progress)):
             snapshots.see(batch)
+            if not index and resumable:
+                snapshots.loss = losses.value(few(to_device(batch, device)))
             if index < skip:
                 if index == skip - 1:
                     snapshots.check(number)
@@ -189,7 +191,7 @@ def _one_pass(
                                 f"batch {index}: the loss of {type(model).__name__} depends on none of the {len(part)} target "
                                 f"layers (the first is {part[0]}): it is detached, made under torch.no_grad(), or of other layers"
                             )
-                        (total * sums.loss_scale).backward()
+                        recorder.send_back(total * sums.loss_scale)
                 statistics.terms += terms
                 recorder.end()
             snapshots.maybe_save(statistics, number, index + 1)
@@ -250,10 +252,19 @@ def _alone(batch: Any, index: int, tokens: Tokens) -> Iterator[Any]:
     return singles(batch)
 
 
+def refuse_inference(step: str, model: nn.Module) -> None:
+    """Raise JactusError where autograd is off for good: in inference mode, or for a model that was made in it."""
+    if torch.is_inference_mode_enabled():
+        raise JactusError(f"{step} needs gradients and is called under torch.inference_mode(); call it outside")
+    if any(p.is_inference() for p in model.parameters()):
+        raise JactusError(f"{step}: the weights of {type(model).__name__} were made in inference mode; load it outside")
+
+
 @contextmanager
 def frozen_eval(model: nn.Module) -> Iterator[None]:
     """No dropout, no parameter gradients, no checkpointing (which runs layers twice); all put back at the end."""
     training = [m for m in model.modules() if m.training]
+    own = [m for m in training if type(m).train is not nn.Module.train]  # of which changing the mode does more
     trainable = [p for p in model.parameters() if p.requires_grad]
     try:
         model.eval()
@@ -261,6 +272,10 @@ def frozen_eval(model: nn.Module) -> Iterator[None]:
             p.requires_grad_(False)
         yield
     finally:
+        for m in own:
+            m.train()
+        for m in model.modules():
+            m.training = False
         for m in training:
             m.training = True
         for p in trainable:

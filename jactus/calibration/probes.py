@@ -1,11 +1,14 @@
 """Ways to count a loss's terms, and small batches with parts that make them up, on which they are tried."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from jactus_kernels import JactusError
 
 from ..model.families import inner_models, is_encoder_decoder
 from .examples import Where, mapped, size, take, tensors
@@ -27,7 +30,12 @@ class Rule:
         """The terms of a batch's loss."""
         if self.kind in ("sum", "rows"):
             return size(batch) or 1
-        at = dict(tensors(batch))[self.path]
+        at = dict(tensors(batch)).get(self.path)
+        if at is None:
+            raise JactusError(
+                f"a batch has no {'.'.join(self.path)}, by which the terms of the loss were counted before"
+            )
+        at = at if at.is_floating_point() else at.long()  # −100 is no value of bytes
         if self.kind == "elements":
             return at.numel()
         if self.kind.startswith("shifted"):
@@ -57,6 +65,7 @@ class Probe:
     whole: Any
     parts: list[Any]
     same_inputs: bool = False
+    without: frozenset[Where] = frozenset()
 
 
 class Probes:
@@ -67,8 +76,8 @@ class Probes:
     Labels are taken away by a value that may be ignored, of those that the batch has, and −100.
     """
 
-    def __init__(self, model: nn.Module, batch: Any, candidates: list[Rule]) -> None:
-        self.model, self.batch, self.candidates = model, batch, candidates
+    def __init__(self, model: nn.Module, batch: Any, candidates: list[Rule], takes_any: bool = True) -> None:
+        self.model, self.batch, self.candidates, self.takes_any = model, batch, candidates, takes_any
         self.labels = {r.path for r in candidates if r.kind.endswith("labels")}
         self.ignored = sorted({v for rule in candidates for v in rule.ignored})
 
@@ -80,10 +89,13 @@ class Probes:
         found = [self._cut(few)]
         present = [t for path, t in tensors(self.batch) if path in self.labels]
         for value in self.ignored:
-            if value == IGNORED or any(bool((t == value).any()) for t in present):
-                fewer = self._with(few, _fewer, value)
+            if not self._may_put(value, present):
+                continue
+            for path in sorted(self.labels):
+                fewer = self._with(few, _fewer, value, path)
                 if fewer is not None:
-                    found.append(self._cut(fewer))
+                    found.append(self._cut(fewer, frozenset((path,))))
+        found.insert(1, self._halves(rows))
         for path in {r.path for r in self.candidates if r.kind.endswith("mask")}:
             shorter = mapped(few, lambda p, leaf, path=path: _shorter(leaf) if p == path else leaf)  # type: ignore[misc]
             found.append(self._cut(shorter))
@@ -91,8 +103,12 @@ class Probes:
 
     def _padded(self, few: Any) -> list[Probe]:
         """The same with one more label an example, which is ignored: a mean over all places changes, and its sum does not."""
-        more = self._with(few, lambda labels, value: nn.functional.pad(labels, (0, 1), value=value), IGNORED)
-        return [Probe(few, [more], same_inputs=True)] if more is not None else []
+        present = [t for path, t in tensors(self.batch) if path in self.labels]
+        if not self._may_put(IGNORED, present):
+            return []
+        pad = functools.partial(nn.functional.pad, mode="constant")
+        longer = (self._with(few, lambda t, v: pad(t, (0, 1), value=v), IGNORED, path) for path in sorted(self.labels))
+        return [Probe(few, [more], same_inputs=True) for more in longer if more is not None]
 
     def _telling(self, rows: int) -> list[int]:
         """Two to a few of the examples: those with most labels, and first of all some that the rules count differently. One
@@ -104,32 +120,51 @@ class Probes:
         apart = [
             i for i in able if any(a * counts[first][0] != b * counts[i][0] for a, b in zip(counts[i], counts[first]))
         ]
-        chosen = list(dict.fromkeys([first, *apart[: FEW - 1], *able]))[:FEW]
+        kinds = {
+            tuple(t[i].item() for _, t in tensors(self.batch) if t.dim() == 1 and len(t) == rows): i
+            for i in reversed(able)
+        }
+        others = [i for i in kinds.values() if i != first]  # of other classes or weights than the first
+        chosen = list(dict.fromkeys([first, *apart[:1], *others[: FEW - 2], *apart, *able]))[:FEW]
         return chosen if len(chosen) > 1 else [first, first]
 
+    def _may_put(self, value: int, present: list[Tensor]) -> bool:
+        return (value == IGNORED and self.takes_any) or any(bool((t == value).any()) for t in present)
+
+    def _halves(self, rows: int) -> Probe:
+        """The whole batch: what a few examples have in common, others may not have."""
+        middle = max(rows // 2, 1)
+        whole = self.batch if rows > 1 else take(self.batch, [0, 0])
+        return Probe(whole, [take(whole, range(middle)), take(whole, range(middle, size(whole) or 0))])
+
     @staticmethod
-    def _cut(few: Any) -> Probe:
-        return Probe(few, [take(few, [0]), take(few, range(1, size(few) or 0))])
+    def _cut(few: Any, without: frozenset[Where] = frozenset()) -> Probe:
+        return Probe(few, [take(few, [0]), take(few, range(1, size(few) or 0))], without=without)
 
     def _of_labels(self, batch: Any) -> list[Probe]:
         fixed = _with_decoder_inputs(self.model, batch)
-        if fixed is None:
+        present = [t for path, t in tensors(self.batch) if path in self.labels]
+        if fixed is None or not self._may_put(IGNORED, present):
             return []
-        parts = [self._with(fixed, _only, part) for part in (0, 1)]
-        return [Probe(fixed, parts, same_inputs=True)] if all(part is not None for part in parts) else []
+        found = []
+        for path in sorted(self.labels):
+            parts = [self._with(fixed, _only, part, path) for part in (0, 1)]
+            if all(part is not None for part in parts):
+                found.append(Probe(fixed, parts, same_inputs=True, without=frozenset((path,))))
+        return found
 
     def _labels_of(self, row: int, rows: int) -> int:
         """How many labels of an example may count: an example without any says nothing of what is averaged."""
         labels = (t for path, t in tensors(self.batch) if path in self.labels and t.dim() > 1 and t.shape[0] == rows)
         return sum(int((t[row] != IGNORED).sum()) for t in labels)
 
-    def _with(self, batch: Any, change: Callable[[Tensor, int], Tensor], value: int) -> Any:
-        """The batch with its sequences of labels changed; None where there is nothing to change."""
+    def _with(self, batch: Any, change: Callable[[Tensor, int], Tensor], value: int, of: Where) -> Any:
+        """The batch with the sequences of labels at `of` changed; None where there is nothing to change."""
         changes = 0
 
         def changed(path: Where, leaf: Any) -> Any:
             nonlocal changes
-            if path not in self.labels or leaf.dim() < 2:
+            if path != of or leaf.dim() < 2:
                 return leaf
             new = change(leaf, value)
             changes += new.shape != leaf.shape or not torch.equal(new, leaf)

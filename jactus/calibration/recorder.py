@@ -4,6 +4,7 @@ Inputs are added when a layer reads them: rows that are tokens. Gradients are ta
 done to that output in place afterwards, and all rows of them: one that did not matter to the loss is zero and adds nothing.
 """
 
+import math
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -50,6 +51,7 @@ class Recorder:
         self.counted: dict[str, int] = {}
         self.gradients: dict[str, int] = {}
         self.given: dict[Call, tuple[weakref.ref, int]] = {}
+        self.starts: list[Tensor] = []  # where the graph begins
         self.totals: dict[str, Tensor] = {}  # of inputs, where no sum of squares tells whether they are finite
         # Sums that come from a snapshot were read onto the CPU.
         for name, S in statistics.input_sums.items():
@@ -77,14 +79,18 @@ class Recorder:
         if not self.statistics.layers:
             self._make_sums()
         self.in_forward, self.index = True, index
+        self.starts.clear()
         for kept in (self.calls, self.counted, self.gradients, self.given, self.totals):
             kept.clear()
 
     def _before(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-            if not self.in_forward:
-                return None  # recomputation by activation checkpointing: this call was counted already
             x = input_of(args, kwargs)
+            if (
+                not self.in_forward
+            ):  # recomputation by activation checkpointing: counted already, but the graph must be alike
+                starts = self.backward and torch.is_grad_enabled() and not x.requires_grad
+                return ((x.detach().requires_grad_(True),), {}) if starts else None
             call = self.calls[name] = self.calls.get(name, -1) + 1
             if self.backward and not torch.is_grad_enabled():
                 return None  # what is computed without gradients does not reach the loss
@@ -92,15 +98,18 @@ class Recorder:
             self._see_input(name, call, x)
             if self.backward and not x.requires_grad:
                 # With all parameters frozen the graph must begin somewhere: at the input of the first layers.
-                return (x.detach().requires_grad_(True),), {}
+                self.starts.append(x.detach().requires_grad_(True))
+                return (self.starts[-1],), {}
             return None
 
         return hook
 
     def _after(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
-            if not (self.backward and self.in_forward and torch.is_grad_enabled() and output.requires_grad):
+            if not (self.backward and torch.is_grad_enabled() and output.requires_grad):
                 return None
+            if not self.in_forward:
+                return _Tap.apply(output, lambda g: None)
             x = input_of(args, kwargs)
             # Only the mean gradient needs the inputs again; without it they are free to go.
             kept, version = (x.detach(), x._version) if self.config.needs_gradient else (None, 0)
@@ -133,12 +142,28 @@ class Recorder:
                 f"exclude_modules=({missing[0].split('.', 1)[-1]!r},)"
             )
 
+    def send_back(self, loss: Tensor) -> None:
+        """The backward, to where the graph begins and no further: parameters of others get no gradient."""
+        starts = [x for x in self.starts if x.requires_grad]
+        if starts:
+            torch.autograd.grad(loss, starts, allow_unused=True)
+        else:
+            loss.backward()
+        self.starts.clear()
+
     def _device(self, name: str) -> torch.device:
         return self.sums.device or self.targets[name].weight.device
 
     def _make_sums(self) -> None:
         def zeros(target: Target, *shape: int) -> Tensor:
-            return torch.zeros(*shape, dtype=self.sums.dtype, device=self._device(target.name))
+            try:
+                return torch.zeros(*shape, dtype=self.sums.dtype, device=self._device(target.name))
+            except RuntimeError as e:  # torch.OutOfMemoryError is one too
+                size = math.prod(shape) * self.sums.dtype.itemsize / 1e9
+                raise JactusError(
+                    f"{target}: no memory for a sum of {size:.1f} GB ({' × '.join(map(str, shape))}); exclude the layer, or use "
+                    f"memory_limit and statistics_device='cpu' ({e})"
+                ) from e
 
         config, statistics = self.config, self.statistics
         assert self.tokens.first is not None

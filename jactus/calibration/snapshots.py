@@ -34,6 +34,7 @@ class Snapshots:
         self.path = Path(path) if path is not None else None
         self.every, self.last = every, time.monotonic()
         self.hasher = xxhash.xxh3_128()
+        self.loss: float | None = None  # of the run's first examples
         self.identity = {
             "config": {
                 **{key: _plain(getattr(config, key)) for key in DECISIVE},
@@ -41,8 +42,7 @@ class Snapshots:
                 "memory_limit": sums.memory_limit,
                 "loss_scale": sums.loss_scale,
             },
-            # all weights: a head fitted anew gives other gradients in every layer
-            "weights": {name: fingerprint(p) for name, p in model.named_parameters()} if path is not None else {},
+            "weights": _fingerprints(model) if path is not None else {},
         }
         self.parts: dict[int, tuple[Statistics, dict]] = {}
         if self.path is not None and self.path.exists():
@@ -78,12 +78,18 @@ class Snapshots:
             _feed(self.hasher, batch)
 
     def check(self, number: int) -> None:
-        """After the last batch that the snapshot holds: were they the same ones?"""
+        """After the last batch that the snapshot holds: were they the same ones, under the same loss?"""
         part = self.parts[number][1]
         if part["digest"] != self.hasher.hexdigest():
             raise JactusError(
                 f"the first {part['batches']} batches are not those that {self.path} was made from (another order or other "
                 "data), so the run cannot be continued; fix the order, or delete the file to start again"
+            )
+        before, loss = part.get("loss"), self.loss
+        if before is not None and loss is not None and abs(before - loss) > 1e-3 * max(abs(before), 1e-9):
+            raise JactusError(
+                f"{self.path} is a snapshot of a run with another loss ({before:.6g} on its first examples, now {loss:.6g}); resume "
+                "with the same, or delete the file to start again"
             )
 
     def maybe_save(self, statistics: Statistics, number: int, batches: int) -> None:
@@ -95,7 +101,7 @@ class Snapshots:
             self._save(statistics, number, 0, complete=True)
 
     def _save(self, statistics: Statistics, number: int, batches: int, complete: bool) -> None:
-        part = {"batches": batches, "digest": self.hasher.hexdigest(), "complete": complete}
+        part = {"batches": batches, "digest": self.hasher.hexdigest(), "complete": complete, "loss": self.loss}
         self.parts[number] = (statistics, part)
         tensors: dict[str, Tensor] = {}
         for key, (kept, its) in self.parts.items():
@@ -108,6 +114,12 @@ class Snapshots:
     def clear(self) -> None:
         if self.path is not None:
             self.path.unlink(missing_ok=True)
+
+
+def _fingerprints(model: nn.Module) -> dict[str, str]:
+    """All weights and buffers: a head fitted anew, or other statistics of a norm, give other gradients in every layer."""
+    kept = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {name: fingerprint(t) for name, t in kept.items() if t.numel()}
 
 
 def _plain(value: Any) -> Any:
@@ -123,11 +135,13 @@ def _feed(hasher: Any, batch: Any) -> None:
             hasher.update(f.name.encode())
             _feed(hasher, getattr(batch, f.name))
     elif isinstance(batch, Mapping):
-        for key in sorted(batch):
+        for key in sorted(batch, key=str):
             hasher.update(str(key).encode())
             _feed(hasher, batch[key])
     elif isinstance(batch, list | tuple):
         for value in batch:
             _feed(hasher, value)
+    elif type(batch).__repr__ is object.__repr__:
+        hasher.update(type(batch).__qualname__.encode())  # shown by its address, which is another each time
     else:
         hasher.update(repr(batch).encode())

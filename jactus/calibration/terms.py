@@ -7,7 +7,8 @@ is taken under which S = L · (number of terms) adds up over parts of a batch. L
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,18 +17,22 @@ from torch import Tensor, nn
 from jactus_kernels import JactusError
 
 from ..model.families import config_values, shifts_labels
-from .examples import size, tensors
+from .examples import Where, size, tensors
 from .probes import IGNORED, Probe, Probes, Rule
 from .rounding import FULL, is_half, rounding
 
 logger = logging.getLogger("jactus")
 
 
+INPUTS = re.compile(r"input|mask|token_type|position|index|pixel")
+
+
 def rules(model: nn.Module, batch: Any) -> list[Rule]:
     """What may be, the likeliest first: what transformers does with such labels."""
     labels = [(path, t) for path, t in tensors(batch) if path and _is_label(path[-1])]
-    if not labels and not isinstance(batch, Mapping):
-        labels = [(path, t) for path, t in tensors(batch) if not t.is_floating_point() and t.dtype != torch.bool]
+    if not labels:  # called otherwise: any tensor of integers may be labels
+        whole = [(path, t) for path, t in tensors(batch) if not t.is_floating_point() and t.dtype != torch.bool]
+        labels = [(path, t) for path, t in whole if not (path and INPUTS.search(path[-1]))]
     found = []
     for path, t in labels:
         if t.is_floating_point() or not t.dim():
@@ -38,7 +43,10 @@ def rules(model: nn.Module, batch: Any) -> list[Rule]:
             kinds.reverse()
         ignored = [(IGNORED,), *((IGNORED, v) for v in _candidates_to_ignore(model))]
         found += [Rule(kind, path, some) for some in ignored for kind in kinds]
-    found.append(Rule("rows"))
+    if any(path and _is_label(path[-1]) for path, _ in labels):
+        found.append(Rule("rows"))
+    else:
+        found.insert(0, Rule("rows"))
     found += [Rule("elements", path) for path, t in labels if not t.is_floating_point() and t.dim() > 1]
     for path, t in tensors(batch):
         if t.dim() > 1 and ((path[-1:] and "mask" in path[-1]) or t.dtype == torch.bool):
@@ -60,15 +68,41 @@ def _candidates_to_ignore(model: nn.Module) -> list[int]:
 class Terms:
     """The rule of a model's loss: found on the first batch, and again on a batch that tells apart what earlier ones did not."""
 
-    def __init__(self, model: nn.Module, value: Callable[[Any], Tensor], verify: bool) -> None:
+    def __init__(self, model: nn.Module, value: Callable[[Any], Tensor], verify: bool, own: bool) -> None:
         self.model, self.value, self.verify = model, value, verify
+        # On a GPU a label that the loss does not know ends the process: there only a model's own loss is given −100 unasked.
+        on_cpu = all(p.device.type == "cpu" for p in model.parameters())
+        self.takes_any = on_cpu or (own and not config_values(model, "semantic_loss_ignore_index"))
         self.left: list[Rule] = []
         self.first: tuple[int, ...] = ()
         self.said = ""
+        self.seen = 0
 
     def undecided(self, batch: Any) -> bool:
-        """Whether the rule is not found yet, or this batch tells apart what earlier ones did not."""
-        return not self.left or self._apart(batch)
+        """Whether the rule is not found yet, this batch tells apart what earlier ones did not, or it is time to look again."""
+        self.seen += 1
+        return not self.left or self._apart(batch) or self._is_time()
+
+    def _is_time(self) -> bool:
+        """After twice as many batches as the last time: weights of classes, say, may show late."""
+        return self.verify and self.seen & (self.seen - 1) == 0
+
+    def check_sum(self, batch: Any, index: int, told: bool) -> None:
+        """Raise JactusError where unreduced terms, or a sum that its user vouches for (`told`: a warning then), do not add up."""
+        for probe in Probes(self.model, batch, [Rule("sum")]).all():
+            whole, *parts = (float(self.value(b)) for b in (probe.whole, *probe.parts))
+            if abs(whole - sum(parts)) > rounding(self.model)[0] * max(sum(map(abs, parts)), 1e-30):
+                what = (
+                    f"{whole:.6g} of {size(probe.whole)} examples, {' + '.join(f'{v:.6g}' for v in parts)} of its parts"
+                )
+                if not told:
+                    raise JactusError(
+                        f"batch {index}: the terms of the loss do not add up ({what}): return one term for each example, label or "
+                        "element, unreduced and not divided by their number, or (sum, number of terms)"
+                    )
+                logger.warning(
+                    "the sum that loss= returns does not add up over parts of a batch (%s); taken at its word", what
+                )
 
     def decide(self, batch: Any, index: int) -> None:
         """Find the rule, by the losses of a few examples. Nothing is decided where these are not finite."""
@@ -79,6 +113,8 @@ class Terms:
             self._choose(self.left, batch, index)
             if self._apart(batch):
                 self._settle(batch, index)
+        elif self._is_time():
+            self._tried(self.left, batch, index, again=True)
 
     def of(self, batch: Any, index: int) -> tuple[int, int]:
         """What to multiply a batch's loss by, and how many terms it has; 0 of each where that was not decided."""
@@ -103,8 +139,9 @@ class Terms:
 
     def _settle(self, batch: Any, index: int) -> None:
         """Two rules fit all that was seen, and count this batch differently: of labels, or a mask, which is the unlikelier."""
-        self.left = [r for r in self.left if not r.kind.endswith("mask")] or self.left
-        self.first = self.first[: len(self.left)]
+        kept = [(r, first) for r, first in zip(self.left, self.first) if not r.kind.endswith("mask")]
+        if kept:
+            self.left, self.first = [r for r, _ in kept], tuple(first for _, first in kept)
         if not self._apart(batch):
             return
         told = " or ".join(map(str, self.left[:2]))
@@ -116,10 +153,11 @@ class Terms:
         logger.warning("half precision does not tell whether the loss is %s: it is taken for the first", told)
         self.left = self.left[:1]
 
-    def _tried(self, candidates: list[Rule], batch: Any, index: int) -> list[Rule]:
-        """Those of the candidates that add up over parts of this batch."""
+    def _tried(self, candidates: list[Rule], batch: Any, index: int, again: bool = False) -> list[Rule]:
+        """Those of the candidates that add up over parts of this batch; `again`: by its examples alone, once more."""
         name = type(self.model).__name__
-        probes = Probes(self.model, batch, candidates).all()
+        probes = Probes(self.model, batch, candidates, self.takes_any).all()
+        probes = probes[:1] if again else probes
         if not probes:
             shapes = {".".join(path): tuple(t.shape) for path, t in tensors(batch)}
             raise JactusError(
@@ -128,23 +166,27 @@ class Terms:
                 "or verify=False to go by transformers' conventions"
             )
         left = candidates
+        refused: set[Where] = set()
+        taken: set[Where] = set()
         for number, probe in enumerate(probes):
             try:
                 values = [self.value(b) for b in (probe.whole, *probe.parts)]
-                again = self.value(probe.whole) if number == 0 else values[0]
+                second = self.value(probe.whole) if number == 0 else values[0]
             except Exception:
                 if number:  # an example with labels taken away, which this loss does not take
+                    refused |= probe.without
                     continue
                 raise
             wide = values[0].element_size() >= 4
             tolerances = FULL if probe.same_inputs and wide else rounding(self.model)
             whole, *parts = map(float, values)
-            if number == 0 and not all(map(math.isfinite, (whole, *parts))):
+            values_say = all(map(math.isfinite, (whole, *parts))) and any((whole, *parts))
+            if number == 0 and not values_say:
                 return []
-            if abs(float(again) - whole) > tolerances[0] * abs(whole):
+            if abs(float(second) - whole) > tolerances[0] * abs(whole):
                 raise JactusError(
                     f"batch {index}: the loss of {name} is another at a second call with the same examples "
-                    f"({whole:.6g}, then {float(again):.6g}), in eval mode: what it sums cannot be told; make it "
+                    f"({whole:.6g}, then {float(second):.6g}), in eval mode: what it sums cannot be told; make it "
                     "deterministic, or pass loss= that returns (sum, number of terms)"
                 )
             told = _that_add_up(left, probe, [whole, *parts], tolerances)
@@ -159,7 +201,10 @@ class Terms:
                     "terms)"
                 )
             left = told or left
-        return left
+            taken |= probe.without
+        # what does not take an ignored value holds no labels, but ids
+        inputs = refused - taken
+        return [rule for rule in left if rule.path not in inputs or not rule.kind.endswith("labels")] or left
 
 
 def _convention(candidates: list[Rule], batch: Any, index: int) -> list[Rule]:

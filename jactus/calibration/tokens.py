@@ -7,6 +7,7 @@ theirs (a table of positions): the examples are then run one at a time.
 """
 
 import contextlib
+import functools
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -19,11 +20,13 @@ from jactus_kernels import JactusError
 from ..model.targets import Target
 from .evidence import SAME, Evidence, Lies, Untold, alike, lay
 from .examples import Where, few, size, take
-from .padding import Masks, cut, masks_of, suspects
+from .padding import Masks, Suspect, cut, masks_of, suspects
 from .rounding import HALF, is_half
 from .tracing import Call, Trace, trace
 
 logger = logging.getLogger("jactus")
+EXACT = 1e-5  # relative: what taking padding away may change in float32
+TRIES = 3  # examples that a suspect is judged by
 
 
 class Tokens:
@@ -38,8 +41,7 @@ class Tokens:
         self.model, self.targets, self.value, self.verify = model, targets, value, verify
         self.rules: dict[Call, Lies] = {}
         self.known: set[Where] = set()
-        self.unnamed: dict[Where, bool] = {}  # masks that are called otherwise, and whether True is padding
-        self.considered: set[Where] = set()
+        self.judged: dict[Suspect, bool] = {}
         self.first: Trace | None = None
         self.tables: set[Call] = set()
         self.unsure: set[tuple[Where, Where]] = set()  # masks that were alike where they were looked at
@@ -96,41 +98,44 @@ class Tokens:
 
     def _masks(self, batch: Any) -> Masks:
         found = masks_of(self.model, batch, self.index)
-        if self.verify:
-            for path, negated, mask in suspects(batch, found):
-                if path not in self.considered:
-                    self._consider(batch, path)
-                if self.unnamed.get(path) is negated:
-                    found[path] = mask
-        return found
+        if not self.verify:
+            return found
+        own: Masks = {}
+        for suspect in sorted(suspects(batch, found), key=lambda s: s.kind in ("pads", "labels")):
+            if own and suspect.kind in ("pads", "labels"):
+                break  # a mask speaks for itself
+            if suspect not in self.judged:
+                self._judge(batch, suspect)
+            if self.judged.get(suspect) and (mask := suspect.mask(batch)) is not None and not bool(mask.all()):
+                own[suspect.key] = mask
+        return found | own
 
-    def _consider(self, batch: Any, path: Where) -> None:
-        """Is a tensor of zeros and ones a mask, whatever it is called? Then taking away what it leaves out changes no loss."""
-        self.considered.add(path)
-        rows = size(batch)
-        if rows is None:
+    def _judge(self, batch: Any, suspect: Suspect) -> None:
+        """Does it say what is padding? Then taking away what it leaves out changes no loss. Not judged where no loss tells."""
+        mask, rows = suspect.mask(batch), size(batch)
+        if mask is None or rows is None or bool(mask.all()) or not bool(mask.view(rows, -1).any(1).all()):
             return
+        masks: Masks = {suspect.key: mask}
         half = is_half(self.model)
-        for where, negated, mask in suspects(batch, {}):
-            if where != path:
-                continue
-            row = int((~mask).sum(-1).view(rows, -1).sum(-1).argmax())
+        most = (~mask).sum(-1).view(rows, -1).sum(-1).argsort(descending=True)
+        for row in most[:TRIES].tolist():
             with contextlib.suppress(Exception):  # the model's own refusal of such an example
-                padded, bare = self.value(take(batch, [row])), self.value(cut(batch, {path: mask}, row, self.model))
-                if not padded or abs(padded - bare) > (HALF[0] if half else 1e-5) * abs(padded):
-                    continue
-                if half and not self._rows_agree(batch, {path: mask}):  # a loss in half precision does not tell alone
-                    continue
-                self.unnamed[path] = negated
-                logger.log(
-                    logging.WARNING if half else logging.INFO, "%s was found to be a mask of padding", ".".join(path)
-                )
+                padded, bare = self.value(take(batch, [row])), self.value(cut(batch, masks, row, self.model))
+                if not padded or padded != padded:
+                    continue  # no label of its own: another example may tell
+                same = abs(padded - bare) <= (HALF[0] if half else EXACT) * abs(padded)
+                # nor may the rows of what is left change: a token may matter little to a loss
+                self.judged[suspect] = same and self._rows_agree(batch, masks, SAME / 2 if half else 3 * EXACT)
+                if self.judged[suspect]:
+                    level = logging.WARNING if half else logging.INFO
+                    logger.log(level, "padding is told by %s (%s)", ".".join(suspect.where), suspect.kind)
                 return
+        self.judged[suspect] = False
 
-    def _rows_agree(self, batch: Any, masks: Masks) -> bool:
+    def _rows_agree(self, batch: Any, masks: Masks, tolerance: float) -> bool:
         """Whether every call's rows are those of the examples cut by the mask."""
         seen = Evidence(self.model, self.targets, self.value, batch, masks)
-        return not seen.failed and all(seen.rule(call)[1] <= SAME / 2 for call in seen.pair.shapes)
+        return not seen.failed and all(seen.rule(call)[1] <= tolerance for call in seen.pair.shapes)
 
     def _see_first(self, batch: Any, index: int) -> None:
         rows = size(batch)
@@ -138,7 +143,16 @@ class Tokens:
         if rows is None or not self.verify:
             return
         two = trace(self.model, self.targets, lambda: self.value(take(batch, [0, min(1, rows - 1)])))
-        self.tables = {call for call in two.shapes if two.rows(call) == self.first.rows(call)}
+        alike = {call for call in two.shapes if two.rows(call) == self.first.rows(call)}
+        if (
+            alike and rows > 1
+        ):  # a table has the same values with every example; an expert may have as many rows by chance
+            one, other = (
+                trace(self.model, self.targets, functools.partial(self.value, take(batch, [i])), values=True)
+                for i in (0, 1)
+            )
+            alike = {c for c in alike if c in other.inputs and torch.equal(one.inputs[c], other.inputs[c])}
+        self.tables = alike
         for name, number in sorted(self.tables):
             shape = tuple(self.first.shapes[name, number])
             logger.info(

@@ -92,5 +92,5 @@ def trace(model: nn.Module, targets: dict[str, Target], run: Callable[[], Any], 
 
 def logits_in(output: Any) -> list[Tensor]:
     """What a model returns as its answer: `logits`, or all there is of a plain module's tensors."""
-    found = {where: t for where, t in tensors(output)}
+    found = {where: t for where, t in tensors(output) if t.dim()}  # a loss alone is no answer
     return [t for where, t in found.items() if where[-1:] == ("logits",)] or list(found.values())

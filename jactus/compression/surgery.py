@@ -26,6 +26,10 @@ def compress(model: nn.Module, plan: Plan) -> nn.Module:
         raise JactusError(
             f"compress takes a Plan, got {type(plan).__name__}; plan first, then pass plan.at(0.6) or the like"
         )
+    if torch.is_inference_mode_enabled():
+        raise JactusError(
+            "compress makes weights that are to train, and is called under torch.inference_mode(); call it outside"
+        )
     refuse_quantized(model)
     targets = find_targets(model, plan.config)
     for extra in plan.config.trainable_extras:
@@ -143,6 +147,7 @@ def merge(model: nn.Module) -> nn.Module:
         raise JactusError(f"{type(model).__name__} has no low-rank layer to merge; it is dense already")
     for name, layer in layers.items():
         replace_module(model, name, layer.dense(_dtype(model)))
-    model.requires_grad_(True)
+    for p in model.parameters():
+        p.requires_grad_(p.is_floating_point())
     record(model)
     return model

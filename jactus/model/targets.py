@@ -71,11 +71,11 @@ def find_targets(model: nn.Module, config: JactusConfig) -> dict[str, Target]:
     _refuse_idle(model, "exclude_modules", config.exclude_modules)
     targets: dict[str, Target] = {}
     for name, module in model.named_modules():
-        if not name or _matches(name, config.exclude_modules):
+        if not name or _is_excluded(name, config.exclude_modules):
             continue
         if everything:
             _refuse_experts(name, module)
-            if name in head or not _claims_to_be_linear(module) or min(getattr(module.weight, "shape", (2,))) < 2:
+            if name in head or not _claims_to_be_linear(module) or _is_thin(module):
                 continue
             if id(module.weight) in tied:
                 logger.info("%s stays as it is: its weight is tied to another module's", name)
@@ -116,6 +116,12 @@ def _target(name: str, module: nn.Module) -> Target:
     return Target(name, module, m, n, transposed)
 
 
+def _is_thin(module: Any) -> bool:
+    """Whether a weight has one row or column: there is nothing to factor."""
+    weight = module.weight
+    return not isinstance(weight, nn.UninitializedParameter) and min(getattr(weight, "shape", (2,))) < 2
+
+
 def looks_linear(module: nn.Module) -> bool:
     """Whether a module is a Linear or a Conv1D, or derived from one."""
     return isinstance(module, nn.Linear | Conv1D)
@@ -151,6 +157,14 @@ def _reachable_twice(model: nn.Module) -> dict[int, str]:
             twice.setdefault(id(module), name)
         seen.add(id(module))
     return twice
+
+
+def _is_excluded(name: str, patterns: str | tuple[str, ...]) -> bool:
+    """Whether a pattern names the module or, in a list, one that it is inside of."""
+    if isinstance(patterns, str):
+        return _matches(name, patterns)
+    parts = name.split(".")
+    return any(_matches(".".join(parts[: i + 1]), patterns) for i in range(len(parts)))
 
 
 def _refuse_idle(model: nn.Module, option: str, patterns: str | tuple[str, ...]) -> None:
@@ -213,6 +227,8 @@ def _refuse_unsuitable(name: str, module: Any, tied: set[int]) -> None:
     if any(p.dim() == 3 for p in module.parameters(recurse=False)):
         raise JactusError(f"{name} ({kind}) holds a three-dimensional weight; add it to exclude_modules")
     weight = getattr(module, "weight", None)
+    if isinstance(weight, nn.UninitializedParameter):
+        raise JactusError(f"{name} ({kind}) has no weight yet: run the model once on a batch, then compress it")
     if looks_linear(module) and "weight" not in module._parameters:
         made_by = next((type(h).__name__ for h in module._forward_pre_hooks.values()), "a hook")
         raise JactusError(
