@@ -381,3 +381,156 @@ def test_a_table_that_examples_share_is_run_with_each(caplog):
 
 def test_every_family_is_in_the_list():
     assert set(BY_NAME) == {f.name for f in FAMILIES}
+
+
+def weighted_by_class(model, batch):
+    return F.cross_entropy(model(batch[0]).mean(1), batch[1], weight=torch.tensor([1.0, 1, 1, 1, 9]).double())
+
+
+@pytest.mark.parametrize("late", [0, 4, 20])
+def test_weights_of_classes_are_found_wherever_the_class_is(late):
+    """The heavy class comes in the first four rows, later in the first batch, or in a later batch."""
+    model, x = plain(), sequences(32)[0]
+    y = torch.arange(32) % 4
+    y[late:] = torch.where(torch.arange(32 - late) % 3 == 0, 4, y[late:])
+    with pytest.raises(JactusError, match="it is weighted"):
+        calibrated(model, [(x[i : i + 8], y[i : i + 8]) for i in range(0, 32, 8)], loss=weighted_by_class)
+
+
+@pytest.mark.parametrize("name", ["targets", "tags", "y"])
+def test_labels_by_any_name_are_told_by_what_is_ignored(name):
+    model, (x, labels) = plain(), sequences(8)
+    labels[:4][labels[:4] == -100] = 2  # the first batch ignores nothing
+    labels[labels == -100] = -1
+    batch = {"x": x, name: labels}
+
+    def loss(model, batch):
+        return F.cross_entropy(model(batch["x"]).transpose(1, 2), batch[name], ignore_index=-1)
+
+    found = calibrated(model, [take(batch, range(4)), take(batch, range(4, 8))], loss=loss)
+    assert found.terms == int((labels != -1).sum())
+
+
+def test_ids_in_a_tuple_are_no_labels():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(30, 6), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    batches = [(torch.randint(0, 30, (4, length)), torch.tensor([0, 1, 2, 0])) for length in (3, 11)]
+
+    def terms(model, batch):
+        return F.cross_entropy(model(batch[0]).mean(1), batch[1], reduction="none")
+
+    assert_same_sums(
+        calibrated(model, batches, loss=lambda m, b: terms(m, b).mean()), calibrated(model, batches, loss=terms), 1e-9
+    )
+
+
+def test_terms_that_do_not_add_up_are_refused_and_a_pair_is_warned_of(caplog):
+    with pytest.raises(JactusError, match="terms of the loss do not add up"):
+        calibrated(
+            plain(), [sequences()], loss=lambda m, b: torch.stack([unreduced(m, b).mean(), unreduced(m, b).max()])
+        )
+    calibrated(plain(), [sequences()], loss=lambda m, b: (unreduced(m, b).mean(), 5))
+    assert "does not add up over parts of a batch" in caplog.text
+    with pytest.raises(JactusError, match=r"the loss is a pair \(Tensor \(\), Tensor \(2, 7, 5\)\)"):
+        calibrated(plain(), [sequences()], loss=lambda m, b: (unreduced(m, b).mean(), m(b[0])))
+
+
+def test_one_number_in_a_dimension_is_one_number():
+    whole = calibrated(plain(), [sequences()], loss=LOSSES["mean over labels"])
+    shaped = calibrated(plain(), [sequences()], loss=lambda m, b: LOSSES["mean over labels"](m, b)[None])
+    assert_same_sums(whole, shaped)
+
+
+def test_padding_told_by_lengths_is_found():
+    class Lengths(Masked):
+        def forward(self, input_ids, labels=None, lengths=None):
+            keep = torch.arange(input_ids.shape[1]) < lengths[:, None]
+            return super().forward(input_ids, labels, mask=keep)
+
+    torch.manual_seed(0)
+    model = Lengths("mask", False).double()
+    ids, lengths = torch.randint(0, 30, (4, 5)), torch.tensor([2, 5, 1, 3])
+    found = calibrated(model, [{"input_ids": ids, "labels": torch.tensor([0, 1, 2, 3]), "lengths": lengths}])
+    assert found.layer_tokens("q") == int(lengths.sum())
+
+
+def test_a_mask_of_the_loss_is_no_mask_of_padding():
+    model = LLAMA.model(dtype=torch.float64)
+    ids = torch.randint(3, 60, (4, 7), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "completion_mask": (torch.arange(7) > 2).long().expand(4, 7).contiguous()}
+
+    def loss(model, batch):
+        logits = model(input_ids=batch["input_ids"]).logits[:, :-1]
+        terms = F.cross_entropy(logits.transpose(1, 2), batch["input_ids"][:, 1:], reduction="none")
+        return (terms * batch["completion_mask"][:, 1:]).sum() / batch["completion_mask"][:, 1:].sum()
+
+    found = calibrated(model, [batch], loss=loss)
+    assert found.layer_tokens("model.layers.0.self_attn.q_proj") == 28
+    assert found.terms == 16
+
+
+class Averaging(Plain):
+    """Its forward writes into a buffer, puts another in its place, and moves a parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("written", torch.zeros(()))
+        self.register_buffer("replaced", torch.zeros(()))
+        self.moved = nn.Parameter(torch.zeros(()), requires_grad=False)
+
+    def forward(self, x):
+        self.written.add_(1)
+        self.replaced = self.replaced + 1
+        if self.training:
+            with torch.no_grad():
+                self.moved.mul_(0.9).add_(1)
+        return super().forward(x)
+
+
+def test_a_model_that_changes_itself_is_changed_by_no_look_at_it():
+    model = Averaging().double()
+    calibrated(model, [sequences()] * 2, loss=unreduced)
+    assert (float(model.written), float(model.replaced), float(model.moved)) == (2, 2, 0)  # two batches were run
+
+
+def test_parameters_of_the_loss_get_no_gradient():
+    temperature = nn.Parameter(torch.ones((), dtype=torch.float64))
+    model = plain()
+    kept = model.last.bias.grad = torch.ones(5, dtype=torch.float64)
+    calibrated(model, [sequences()], loss=lambda m, b: unreduced(m, b) * temperature)
+    assert temperature.grad is None
+    jactus.fit_head(model, [sequences()], head="last", loss=LOSSES["mean over labels"], progress=False)
+    assert model.last.bias.grad is kept
+
+
+def test_layers_inside_an_excluded_module_are_excluded():
+    found = calibrated(BERT.model(), BERT.batches(), SMALL.replace(exclude_modules=["pooler", "intermediate"]))
+    assert not any("pooler" in name or "intermediate" in name for name in found.layers)
+
+
+def test_what_cannot_be_cut_says_what_was_cut():
+    model, (x, labels) = plain(), sequences(5)
+    batch = {"x": x, "labels": labels.clamp(min=0), "weights": torch.ones(5, dtype=torch.float64)}
+
+    def loss(model, batch):
+        return F.cross_entropy(model(batch["x"]).transpose(1, 2), batch["labels"], weight=batch["weights"])
+
+    with pytest.raises(
+        JactusError, match=r"take the batch, and not its first examples alone .*'weights'.*verify=False"
+    ):
+        calibrated(model, [batch], loss=loss)
+
+
+def test_activation_checkpointing_of_the_users_own_is_recomputed_alike():
+    from torch.utils.checkpoint import checkpoint
+
+    class Saving(Plain):
+        def forward(self, x):
+            h = checkpoint(lambda x: torch.tanh(self.first(x)), x, use_reentrant=False)
+            return self.last(torch.tanh(self.second(h)))
+
+    torch.manual_seed(0)
+    saving = Saving().double()
+    assert_same_sums(
+        calibrated(saving, [sequences()], loss=unreduced), calibrated(plain(), [sequences()], loss=unreduced)
+    )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from jactus_kernels import JactusError
 
-from .examples import copied, few, mapped, size
+from .examples import copied, few, mapped, size, tensors
 from .probes import IGNORED
 from .terms import Terms
 from .undo import unchanged
@@ -64,13 +64,29 @@ class LossSum:
         """Find the rule of a loss that is one number, where it is not known yet: before the batch is recorded, since the model
         is run on a few of its examples; does nothing for other losses."""
         if self.is_number is None:
-            with torch.no_grad(), unchanged(self.model):
-                result = self._result(copied(few(batch)), index)
+            result = self._of_few(batch, index)
             self.is_number = isinstance(result, Tensor) and result.dim() == 0
             if not self.is_number and self.terms.verify:
                 self.terms.check_sum(batch, index, told=isinstance(result, tuple))
         if self.is_number and self.terms.undecided(batch):
             self.terms.decide(batch, index)
+
+    def _of_few(self, batch: Any, index: int) -> Any:
+        """The loss of a few examples. Raises JactusError where the model takes the batch, and not a part of it."""
+        with torch.no_grad(), unchanged(self.model):
+            try:
+                return self._result(copied(few(batch)), index)
+            except JactusError:
+                raise
+            except Exception as e:
+                self._result(copied(batch), index)
+                rows = size(batch)
+                cut = [".".join(path) for path, t in tensors(batch) if t.dim() and t.shape[0] == rows]
+                raise JactusError(
+                    f"batch {index}: {type(self.model).__name__} and its loss take the batch, and not its first examples alone "
+                    f"(cut along the first dimension, {rows}: {cut}): {type(e).__name__}: {e}. If one of these is no example's "
+                    "(weights of classes), give it to the loss otherwise; or pass verify=False"
+                ) from e
 
     def is_empty(self, batch: Any) -> bool:
         """Whether the loss has no term in this batch."""

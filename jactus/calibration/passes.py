@@ -64,8 +64,8 @@ def calibrate(
     """
     chosen = config = config or JactusConfig()
     sums = Summing.checked(statistics_dtype, statistics_device, loss_scale, memory_limit)
-    refuse_inference("calibrate", model)
     targets = find_targets(model, config)
+    refuse_inference("calibrate", model)
     config = config.with_share(output_embedding(model) is not None)
     refuse_absent(targets)
     for target in targets.values():

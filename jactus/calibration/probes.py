@@ -129,7 +129,7 @@ class Probes:
         return chosen if len(chosen) > 1 else [first, first]
 
     def _may_put(self, value: int, present: list[Tensor]) -> bool:
-        return (value == IGNORED and self.takes_any) or any(bool((t == value).any()) for t in present)
+        return self.takes_any or any(bool((t == value).any()) for t in present)
 
     def _halves(self, rows: int) -> Probe:
         """The whole batch: what a few examples have in common, others may not have."""

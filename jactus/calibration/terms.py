@@ -70,7 +70,7 @@ class Terms:
 
     def __init__(self, model: nn.Module, value: Callable[[Any], Tensor], verify: bool, own: bool) -> None:
         self.model, self.value, self.verify = model, value, verify
-        # On a GPU a label that the loss does not know ends the process: there only a model's own loss is given −100 unasked.
+        # On a GPU a label that the loss does not know ends the process: there only a model's own loss is given one unasked.
         on_cpu = all(p.device.type == "cpu" for p in model.parameters())
         self.takes_any = on_cpu or (own and not config_values(model, "semantic_loss_ignore_index"))
         self.left: list[Rule] = []
@@ -204,7 +204,7 @@ class Terms:
             taken |= probe.without
         # what does not take an ignored value holds no labels, but ids
         inputs = refused - taken
-        return [rule for rule in left if rule.path not in inputs or not rule.kind.endswith("labels")] or left
+        return [rule for rule in left if rule.path not in inputs] or left
 
 
 def _convention(candidates: list[Rule], batch: Any, index: int) -> list[Rule]:

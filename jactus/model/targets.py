@@ -62,6 +62,11 @@ def find_targets(model: nn.Module, config: JactusConfig) -> dict[str, Target]:
     """
     refuse_compressed(model)
     _refuse_wrapper(model)
+    for name, module in model.named_modules():
+        if any(isinstance(p, nn.UninitializedParameter) for p in module._parameters.values()):
+            raise JactusError(
+                f"{name} ({type(module).__name__}) has no weight yet: run the model once on a batch first"
+            )
     head = outside_base(model)
     twice = _reachable_twice(model)
     tied = _tied_weights(model)
@@ -75,7 +80,7 @@ def find_targets(model: nn.Module, config: JactusConfig) -> dict[str, Target]:
             continue
         if everything:
             _refuse_experts(name, module)
-            if name in head or not _claims_to_be_linear(module) or _is_thin(module):
+            if name in head or not _claims_to_be_linear(module) or min(getattr(module.weight, "shape", (2,))) < 2:
                 continue
             if id(module.weight) in tied:
                 logger.info("%s stays as it is: its weight is tied to another module's", name)
@@ -114,12 +119,6 @@ def _target(name: str, module: nn.Module) -> Target:
     rows, columns = module.get_parameter("weight").shape
     m, n = (columns, rows) if transposed else (rows, columns)
     return Target(name, module, m, n, transposed)
-
-
-def _is_thin(module: Any) -> bool:
-    """Whether a weight has one row or column: there is nothing to factor."""
-    weight = module.weight
-    return not isinstance(weight, nn.UninitializedParameter) and min(getattr(weight, "shape", (2,))) < 2
 
 
 def looks_linear(module: nn.Module) -> bool:
@@ -227,8 +226,6 @@ def _refuse_unsuitable(name: str, module: Any, tied: set[int]) -> None:
     if any(p.dim() == 3 for p in module.parameters(recurse=False)):
         raise JactusError(f"{name} ({kind}) holds a three-dimensional weight; add it to exclude_modules")
     weight = getattr(module, "weight", None)
-    if isinstance(weight, nn.UninitializedParameter):
-        raise JactusError(f"{name} ({kind}) has no weight yet: run the model once on a batch, then compress it")
     if looks_linear(module) and "weight" not in module._parameters:
         made_by = next((type(h).__name__ for h in module._forward_pre_hooks.values()), "a hook")
         raise JactusError(
