@@ -146,3 +146,22 @@ def test_a_damaged_snapshot_is_refused(snapshot):
     os.truncate(snapshot, snapshot.stat().st_size - 8)
     with pytest.raises(JactusError, match="snapshot is truncated or corrupted"):
         calibrate(BERT.model(), BERT.batches(5), resume=snapshot)
+
+
+def test_a_run_that_goes_on_counts_terms_as_it_did(tmp_path):
+    """What the loss averages was told by a batch that the resumed run does not compute again."""
+    model = BERT.model()
+    batches = BERT.batches(6)
+    for batch in batches:
+        batch["labels"] = torch.zeros(4, dtype=torch.long)
+    for row in range(3):
+        batches[0]["labels"][row] = row
+
+    def loss(model, batch):
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        return torch.nn.functional.cross_entropy(logits, batch["labels"])
+
+    file = tmp_path / "snapshot"
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(model, interrupted(batches, 3), loss=loss, resume=file, resume_every=0)
+    assert_identical(calibrate(model, batches, loss=loss, resume=file), calibrate(model, batches, loss=loss))

@@ -44,6 +44,7 @@ def parts(device: str = "cpu", models: Sequence[str] = subjects.MODELS) -> dict[
         return placed
     return placed | {
         "updates": calibration.updates,
+        "looks": calibration.looks,
         "planning": planning.planning,
         "reallocation": planning.reallocation,
         "imports": files.imports,

@@ -11,6 +11,7 @@ import jactus
 from jactus.model.targets import Target, find_targets
 from jactus_kernels import covariance_update_, symmetrize_
 
+from ..accuracy.tasks import TASKS, calibration_batches, prepared
 from ..report import versions
 from . import checks, subjects
 from .race import race, ratio
@@ -49,7 +50,7 @@ def _calibration(at: Setting) -> Iterator[Row]:
 
     def ours(config: jactus.JactusConfig) -> jactus.Statistics:
         with at.autocast():
-            return jactus.calibrate(model, batches, config, progress=False)
+            return jactus.calibrate(model, batches, config, verify=False, progress=False)  # the sums alone
 
     error = checks.within("calibration", _difference(ours(COVARIANCES), usual(model, batches, at)), ALLOWED[at.dtype])
     contenders: dict[str, Callable[[], Any]] = {
@@ -66,6 +67,28 @@ def _calibration(at: Setting) -> Iterator[Row]:
             found, floor = ratio(times[name], times[theirs]), work[name] / work[theirs]
             checked = error if name == "covariances" else None
             yield compared(f"calibration, {name}", at, 1.0, against, found, floor, checked, versions())
+
+
+def looks() -> Iterator[Row]:
+    """The demo's calibration with its checks of the first batch, against the same without."""
+    task = TASKS["sarcasm"]
+    case = prepared(task, "fitted", 0)
+    batches = calibration_batches(task, case, task.calibration, 0)
+    at = Setting("minilm", threads=torch.get_num_threads(), rows=task.batch_size)
+
+    def ours(verify: bool) -> jactus.Statistics:
+        return jactus.calibrate(case.model, batches, verify=verify, progress=False)
+
+    error = checks.within("calibration with checks", _apart(ours(True), ours(False)), ALLOWED["float32"])
+    times = race({"with": lambda: ours(True), "without": lambda: ours(False)}, rounds=(3, 3), warmup=0)
+    found = ratio(times["with"], times["without"])
+    yield compared("calibration, checks", at, 1.0, "without", found, None, error, versions())
+
+
+def _apart(a: jactus.Statistics, b: jactus.Statistics) -> float:
+    """The largest relative difference of two runs' sums."""
+    pairs = zip(a._sums(), b._sums())
+    return max(float((x - y).norm() / y.norm()) for x, y in pairs)
 
 
 def counted(model: nn.Module, statistics: jactus.Statistics) -> dict[str, float]:

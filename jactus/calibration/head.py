@@ -14,7 +14,7 @@ from ..model.families import head_parameters
 from .cache import DecoderCache
 from .examples import to_device
 from .losses import Loss, LossSum
-from .passes import frozen_eval, refuse_inference
+from .modes import frozen_eval, refuse_inference
 from .replay import Replay
 
 

@@ -29,7 +29,7 @@ class LossSum:
     """
 
     def __init__(self, model: nn.Module, loss: Loss | None, verify: bool = True) -> None:
-        self.model, self.loss = model, loss
+        self.model, self.loss, self.verify = model, loss, verify
         self.terms = Terms(model, self.scalar, verify, own=loss is None)
         self.is_number: bool | None = None  # known once the loss was seen
 

@@ -60,7 +60,7 @@ class Rule:
 @dataclass(frozen=True)
 class Probe:
     """A small batch and parts that make it up. same_inputs: they differ in labels alone, so that no rounding of the model's
-    makes their losses differ."""
+    makes their losses differ; without: the tensors in which labels were taken away."""
 
     whole: Any
     parts: list[Any]
@@ -73,7 +73,7 @@ class Probes:
     examples with as many labels as each other do not hide what is averaged; then their labels alone, cut in two; then with one
     more that is ignored.
 
-    Labels are taken away by a value that may be ignored, of those that the batch has, and −100.
+    Labels are taken away by values that may be ignored; on a GPU by those alone that the batch has.
     """
 
     def __init__(self, model: nn.Module, batch: Any, candidates: list[Rule], takes_any: bool = True) -> None:
@@ -115,7 +115,8 @@ class Probes:
         without labels says nothing of what is averaged."""
         labels = {i: self._labels_of(i, rows) for i in range(rows)}
         able = [i for i in sorted(labels, key=lambda i: -labels[i]) if labels[i] or not any(labels.values())]
-        counts = {i: [rule.factor(take(self.batch, [i])) for rule in self.candidates] for i in able}
+        alone = {i: take(self.batch, [i]) for i in able}
+        counts = {i: [rule.factor(one) for rule in self.candidates] for i, one in alone.items()}
         first = able[0]
         apart = [
             i for i in able if any(a * counts[first][0] != b * counts[i][0] for a, b in zip(counts[i], counts[first]))

@@ -35,6 +35,7 @@ class Snapshots:
         self.every, self.last = every, time.monotonic()
         self.hasher = xxhash.xxh3_128()
         self.loss: float | None = None  # of the run's first examples
+        self.found: dict[str, Any] | None = None  # how the loss's terms are counted
         self.identity = {
             "config": {
                 **{key: _plain(getattr(config, key)) for key in DECISIVE},
@@ -72,6 +73,11 @@ class Snapshots:
         statistics, part = self.parts.get(number, (Statistics(), {"batches": 0}))
         return statistics, part["batches"]
 
+    def rule(self) -> dict[str, Any] | None:
+        """How the run counted the terms of its loss when the snapshot was made."""
+        kept = [part["rule"] for _, part in self.parts.values() if part.get("rule")]
+        return kept[-1] if kept else None
+
     def see(self, batch: Any) -> None:
         """Take note of a batch, in order."""
         if self.path is not None:
@@ -92,7 +98,8 @@ class Snapshots:
                 "with the same, or delete the file to start again"
             )
 
-    def maybe_save(self, statistics: Statistics, number: int, batches: int) -> None:
+    def maybe_save(self, statistics: Statistics, number: int, batches: int, rule: dict[str, Any]) -> None:
+        self.found = rule
         if self.path is not None and time.monotonic() - self.last >= self.every:
             self._save(statistics, number, batches, complete=False)
 
@@ -101,7 +108,8 @@ class Snapshots:
             self._save(statistics, number, 0, complete=True)
 
     def _save(self, statistics: Statistics, number: int, batches: int, complete: bool) -> None:
-        part = {"batches": batches, "digest": self.hasher.hexdigest(), "complete": complete, "loss": self.loss}
+        part = {"batches": batches, "digest": self.hasher.hexdigest(), "complete": complete}
+        part |= {"loss": self.loss, "rule": self.found}
         self.parts[number] = (statistics, part)
         tensors: dict[str, Tensor] = {}
         for key, (kept, its) in self.parts.items():

@@ -116,6 +116,16 @@ class Terms:
         elif self._is_time():
             self._tried(self.left, batch, index, again=True)
 
+    def state(self) -> dict[str, Any]:
+        """What was found, as plain values: a run that goes on must count as it did before."""
+        return {"left": [[r.kind, list(r.path), list(r.ignored)] for r in self.left], "first": list(self.first)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """The inverse of `state`."""
+        self.left = [Rule(kind, tuple(path), tuple(ignored)) for kind, path, ignored in state["left"]]
+        self.first = tuple(state["first"])
+        self.said = str(self.left[0]) if self.left else ""
+
     def of(self, batch: Any, index: int) -> tuple[int, int]:
         """What to multiply a batch's loss by, and how many terms it has; 0 of each where that was not decided."""
         if self.left:

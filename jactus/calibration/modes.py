@@ -1,0 +1,39 @@
+"""How a model is put while it is looked at, and put back."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from jactus_kernels import JactusError
+
+
+def refuse_inference(step: str, model: nn.Module) -> None:
+    """Raise JactusError where autograd is off for good: in inference mode, or for a model that was made in it."""
+    if torch.is_inference_mode_enabled():
+        raise JactusError(f"{step} needs gradients and is called under torch.inference_mode(); call it outside")
+    if any(p.is_inference() for p in model.parameters()):
+        raise JactusError(f"{step}: the weights of {type(model).__name__} were made in inference mode; load it outside")
+
+
+@contextmanager
+def frozen_eval(model: nn.Module) -> Iterator[None]:
+    """No dropout, no parameter gradients, no checkpointing (which runs layers twice); all put back at the end."""
+    training = [m for m in model.modules() if m.training]
+    own = [m for m in training if type(m).train is not nn.Module.train]  # of which changing the mode does more
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    try:
+        model.eval()
+        for p in trainable:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for m in own:
+            m.train()
+        for m in model.modules():
+            m.training = False
+        for m in training:
+            m.training = True
+        for p in trainable:
+            p.requires_grad_(True)
