@@ -24,6 +24,7 @@ REFUSALS = (
     ("layers that the loss does not use", "was never called|no gradient reached|and the loss depends on"),
     ("no linear layers to compress", "no module of"),
     ("linear layers of a kind of their own", "not a plain Linear|shares its weight|also reachable as"),
+    ("layers that no signal reaches", "no signal reached this layer"),
     ("inputs overwritten in place", "overwrites the layer's input"),
 )
 

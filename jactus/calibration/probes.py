@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -60,11 +60,13 @@ class Rule:
 @dataclass(frozen=True)
 class Probe:
     """A small batch and parts that make it up. same_inputs: they differ in labels alone, so that no rounding of the model's
-    makes their losses differ; without: the tensors in which labels were taken away."""
+    makes their losses differ; without: the tensors in which labels were taken away;
+    of_masks: a place of a mask was taken away, and so perhaps a label that counts."""
 
     whole: Any
     parts: list[Any]
     same_inputs: bool = False
+    of_masks: bool = False
     without: frozenset[Where] = frozenset()
 
 
@@ -98,7 +100,7 @@ class Probes:
         found.insert(1, self._halves(rows))
         for path in {r.path for r in self.candidates if r.kind.endswith("mask")}:
             shorter = mapped(few, lambda p, leaf, path=path: _shorter(leaf) if p == path else leaf)  # type: ignore[misc]
-            found.append(self._cut(shorter))
+            found.append(replace(self._cut(shorter), of_masks=True))
         return found + self._of_labels(few) + self._padded(few)
 
     def _padded(self, few: Any) -> list[Probe]:

@@ -200,6 +200,8 @@ class Terms:
                     "deterministic, or pass loss= that returns (sum, number of terms)"
                 )
             told = _that_add_up(left, probe, [whole, *parts], tolerances)
+            if not told and probe.of_masks:
+                continue
             if not told and probe.same_inputs:  # labels are no terms of their own (a sequence's likelihood)
                 told = [rule for rule in left if not rule.kind.endswith("labels")]
             if not told and not (number and any(v != v for v in (whole, *parts))):
