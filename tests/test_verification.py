@@ -534,3 +534,22 @@ def test_activation_checkpointing_of_the_users_own_is_recomputed_alike():
     assert_same_sums(
         calibrated(saving, [sequences()], loss=unreduced), calibrated(plain(), [sequences()], loss=unreduced)
     )
+
+
+def test_where_a_label_may_end_the_process_only_known_ones_are_tried():
+    """As on a GPU, where torch stops at a label that the loss does not know."""
+    model, (x, labels) = plain(), sequences()
+    labels = labels.clamp(min=0)
+    seen = set()
+
+    def loss(model, batch):
+        seen.update(batch[1].unique().tolist())
+        return LOSSES["mean over labels"](model, batch)
+
+    losses = LossSum(model, loss)
+    losses.terms.takes = set()
+    losses.prepare((x, labels), 0)
+    assert seen <= set(range(5))
+    losses.terms.takes, losses.terms.left = None, []
+    losses.prepare((x, labels), 0)
+    assert -100 in seen

@@ -78,8 +78,8 @@ class Probes:
     Labels are taken away by values that may be ignored; on a GPU by those alone that the batch has.
     """
 
-    def __init__(self, model: nn.Module, batch: Any, candidates: list[Rule], takes_any: bool = True) -> None:
-        self.model, self.batch, self.candidates, self.takes_any = model, batch, candidates, takes_any
+    def __init__(self, model: nn.Module, batch: Any, candidates: list[Rule], takes: set[int] | None = None) -> None:
+        self.model, self.batch, self.candidates, self.takes = model, batch, candidates, takes
         self.labels = {r.path for r in candidates if r.kind.endswith("labels")}
         self.ignored = sorted({v for rule in candidates for v in rule.ignored})
 
@@ -132,7 +132,7 @@ class Probes:
         return chosen if len(chosen) > 1 else [first, first]
 
     def _may_put(self, value: int, present: list[Tensor]) -> bool:
-        return self.takes_any or any(bool((t == value).any()) for t in present)
+        return self.takes is None or value in self.takes or any(bool((t == value).any()) for t in present)
 
     def _halves(self, rows: int) -> Probe:
         """The whole batch: what a few examples have in common, others may not have."""

@@ -24,6 +24,7 @@ from .rounding import FULL, is_half, rounding
 logger = logging.getLogger("jactus")
 
 
+AGAIN = frozenset(4**k for k in range(1, 16))  # batches on which the rule is tried once more
 INPUTS = re.compile(r"input|mask|token_type|position|index|pixel")
 
 
@@ -70,9 +71,11 @@ class Terms:
 
     def __init__(self, model: nn.Module, value: Callable[[Any], Tensor], verify: bool, own: bool) -> None:
         self.model, self.value, self.verify = model, value, verify
-        # On a GPU a label that the loss does not know ends the process: there only a model's own loss is given one unasked.
+        # On a GPU a label that the loss does not know ends the process: unasked only a model's own loss is given one there, and
+        # only −100. None: any value may be tried.
         on_cpu = all(p.device.type == "cpu" for p in model.parameters())
-        self.takes_any = on_cpu or (own and not config_values(model, "semantic_loss_ignore_index"))
+        safe = {IGNORED} if own and not config_values(model, "semantic_loss_ignore_index") else set()
+        self.takes: set[int] | None = None if on_cpu else safe
         self.left: list[Rule] = []
         self.first: tuple[int, ...] = ()
         self.said = ""
@@ -84,8 +87,8 @@ class Terms:
         return not self.left or self._apart(batch) or self._is_time()
 
     def _is_time(self) -> bool:
-        """After twice as many batches as the last time: weights of classes, say, may show late."""
-        return self.verify and self.seen & (self.seen - 1) == 0
+        """After four times as many batches as the last time: weights of classes, say, may show late."""
+        return self.verify and self.seen in AGAIN
 
     def check_sum(self, batch: Any, index: int, told: bool) -> None:
         """Raise JactusError where unreduced terms, or a sum that its user vouches for (`told`: a warning then), do not add up."""
@@ -166,7 +169,7 @@ class Terms:
     def _tried(self, candidates: list[Rule], batch: Any, index: int, again: bool = False) -> list[Rule]:
         """Those of the candidates that add up over parts of this batch; `again`: by its examples alone, once more."""
         name = type(self.model).__name__
-        probes = Probes(self.model, batch, candidates, self.takes_any).all()
+        probes = Probes(self.model, batch, candidates, self.takes).all()
         probes = probes[:1] if again else probes
         if not probes:
             shapes = {".".join(path): tuple(t.shape) for path, t in tensors(batch)}
@@ -181,7 +184,7 @@ class Terms:
         for number, probe in enumerate(probes):
             try:
                 values = [self.value(b) for b in (probe.whole, *probe.parts)]
-                second = self.value(probe.whole) if number == 0 else values[0]
+                second = values[0] if number or again else self.value(probe.whole)
             except Exception:
                 if number:  # an example with labels taken away, which this loss does not take
                     refused |= probe.without
