@@ -553,3 +553,26 @@ def test_where_a_label_may_end_the_process_only_known_ones_are_tried():
     losses.terms.takes, losses.terms.left = None, []
     losses.prepare((x, labels), 0)
     assert -100 in seen
+
+
+def test_rows_that_a_model_puts_before_the_text_are_tokens_too():
+    class Prefixed(Masked):
+        def __init__(self):
+            super().__init__("attention_mask", False)
+            self.prefix = nn.Parameter(torch.randn(3, 8))
+
+        def forward(self, input_ids, labels=None, attention_mask=None):
+            x = torch.cat([self.prefix.expand(len(input_ids), 3, 8), self.embed(input_ids)], 1)
+            keep = torch.cat([attention_mask.new_ones(len(x), 3), attention_mask], 1).bool()
+            scores = (self.q(x) @ self.k(x).transpose(1, 2)).masked_fill(~keep[:, None], float("-inf"))
+            pooled = (self.out(scores.softmax(-1) @ self.v(x)) * keep[..., None]).sum(1)
+            return F.cross_entropy(pooled, labels) if labels is not None else pooled
+
+    torch.manual_seed(0)
+    model, lengths = Prefixed().double(), torch.tensor([2, 5, 1, 3])
+    batch = {
+        "input_ids": torch.randint(0, 30, (4, 5)),
+        "attention_mask": (torch.arange(5) < lengths[:, None]).long(),
+        "labels": torch.tensor([0, 1, 2, 3]),
+    }
+    assert calibrated(model, [batch]).layer_tokens("q") == 4 * 3 + int(lengths.sum())
