@@ -42,12 +42,13 @@ class DecoderCache:
         self._set(True)
         within = value(one)
         differs = abs(within - without) > rounding(self.model)[0] * abs(without)
-        if not differs or packed(batch):
+        off = not differs or packed(batch)
+        if off:
             self._set(False)
         if differs:
             logger.warning(
                 "the loss of %s is %.6g with a cache of keys and values and %.6g without: calibrated %s; train it so too",
-                type(self.model).__name__, within, without, "without, since sequences are packed" if packed(batch) else "with it",
+                type(self.model).__name__, within, without, "without, since sequences are packed" if off else "with it",
             )  # fmt: skip
 
 

@@ -7,8 +7,7 @@ in train mode the model must give the same answer.
 
 import logging
 import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from jactus_kernels import JactusError
 from ..model.lowrank import LowRankLinear, replace_module
 from ..model.targets import Target
 from .examples import tensors
+from .modes import in_mode
 
 logger = logging.getLogger("jactus")
 SAME = 1e-3  # relative: the same operations are made, so that only their order can differ
@@ -40,7 +40,9 @@ class StandIn(LowRankLinear):
         return type(old).forward(old, input)
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        raise NotImplementedError
+        (old,) = self.old
+        weight: Any = old.weight
+        return (weight.T if self.transposed else weight).to(dtype or weight.dtype)
 
 
 @torch.no_grad()
@@ -49,7 +51,7 @@ def check_forwards(model: nn.Module, targets: dict[str, Target], few: Any, value
     it was, buffers included."""
     name = type(model).__name__
     for training in (False, True):
-        with _mode(model, training):
+        with in_mode(model, training):
             try:
                 wanted = _answer(model, few, value)
                 again = _answer(model, few, value)
@@ -137,18 +139,3 @@ def _same(a: list[Tensor], b: list[Tensor]) -> bool:
 def _size(y: Tensor) -> float:
     finite = y[torch.isfinite(y)]
     return float(finite.abs().max()) if finite.numel() else 0.0
-
-
-@contextmanager
-def _mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Train or eval mode; afterwards modes are what they were."""
-    modes = {m: m.training for m in model.modules()}
-    own = [m for m in modes if type(m).train is not nn.Module.train]  # of which changing the mode does more
-    try:
-        model.train(training)
-        yield
-    finally:
-        for m in own:
-            m.train(modes[m])
-        for m, mode in modes.items():
-            m.training = mode

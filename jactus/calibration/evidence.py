@@ -11,7 +11,7 @@ from jactus_kernels import JactusError
 from ..model.families import inner_models
 from ..model.targets import Target
 from .examples import Where, size, take
-from .padding import Masks, cut, shortened
+from .padding import Masks, by_example, cut, shortened
 from .tracing import Call, Trace, trace
 
 SAME = 0.1  # rows that differ by less of their length are the same: rounding moves half precision by some 0.01, other rows by 1
@@ -29,9 +29,9 @@ class Evidence:
     def __init__(
         self, model: nn.Module, targets: dict[str, Target], value: Callable[[Any], float], batch: Any, masks: Masks
     ) -> None:
-        self.model, self.masks = model, masks
+        self.model = model
         rows = size(batch) or 1
-        most = [int(sum((~m.view(rows, -1)[i]).sum() for m in masks.values())) for i in range(rows)]
+        most = [int(sum((~by_example(m, rows)[i]).sum() for m in masks.values())) for i in range(rows)]
         first = max(range(rows), key=lambda i: (_told_apart(masks, rows, i), most[i]))
         other = min((i for i in range(rows) if i != first), key=most.__getitem__, default=first)
         two = take(batch, [first, other])
@@ -107,22 +107,23 @@ class Evidence:
 
 
 def alike(masks: Masks, a: Where, b: Where) -> bool:
+    """Whether two masks leave out the same places, or are not both given."""
     ours, theirs = masks.get(a), masks.get(b)
     return ours is None or theirs is None or (ours.shape == theirs.shape and torch.equal(ours, theirs))
 
 
 def _told_apart(masks: Masks, rows: int, row: int) -> int:
     """In how many pairs of masks of one shape an example's places differ."""
-    own = [m.view(rows, -1, m.shape[-1])[row] for m in masks.values()]
+    own = [by_example(m, rows)[row] for m in masks.values()]
     return sum(a.shape == b.shape and not torch.equal(a, b) for i, a in enumerate(own) for b in own[:i])
 
 
 def _of_rows(mask: Tensor, rows: int, chosen: tuple[int, ...]) -> Tensor:
-    return mask.view(rows, -1, mask.shape[-1])[list(chosen)].flatten(0, 1)
+    return by_example(mask, rows)[list(chosen)].flatten(0, 1)
 
 
 def _cut_mask(mask: Tensor, rows: int, row: int) -> Tensor:
-    own = mask.view(rows, -1, mask.shape[-1])[row]
+    own = by_example(mask, rows)[row]
     return own[:, own.any(0)]
 
 
@@ -172,7 +173,7 @@ def _difference(
         example = torch.arange(B, device=flat.device).repeat(laid.numel() // B) * 2 // B
     worst = 0.0
     for number, (a, part) in enumerate(zip(alone, parts)):
-        ours, theirs = flat[laid.to(flat.device) & (example == number)], a.flatten(0, -2)[part.to(a.device)]
+        ours, theirs = flat[laid & (example == number)], a.flatten(0, -2)[part.to(a.device)]
         if ours.shape != theirs.shape:
             return None
         scale = float(theirs.double().norm()) or 1.0

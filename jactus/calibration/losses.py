@@ -45,7 +45,7 @@ class LossSum:
         elif result.dim() > 0:
             total, terms = widened(result).sum(), _unreduced_terms(result, batch)
         else:
-            factor, terms = self.terms.of(batch, index)
+            factor, terms = self.terms.of(batch)
             total = widened(result) * (factor or 1)
             if not factor and terms and torch.isfinite(result) and result != 0:  # of nothing there is nothing to sum
                 raise JactusError(
@@ -66,7 +66,7 @@ class LossSum:
         if self.is_number is None:
             result = self._of_few(batch, index)
             self.is_number = isinstance(result, Tensor) and result.dim() == 0
-            if not self.is_number and self.terms.verify:
+            if not self.is_number and self.verify:
                 self.terms.check_sum(batch, index, told=isinstance(result, tuple))
         if self.is_number and self.terms.undecided(batch):
             self.terms.decide(batch, index)
@@ -94,7 +94,7 @@ class LossSum:
 
     def found(self) -> str:
         """What the loss was found to be, in words."""
-        return self.terms.said or "sums of its own terms"
+        return str(self.terms.left[0]) if self.terms.left else "sums of its own terms"
 
     def value(self, batch: Any) -> float:
         """The loss of a batch as one number, without a graph; of unreduced terms or a pair their sum."""

@@ -18,22 +18,29 @@ def refuse_inference(step: str, model: nn.Module) -> None:
 
 
 @contextmanager
-def frozen_eval(model: nn.Module) -> Iterator[None]:
-    """No dropout, no parameter gradients, no checkpointing (which runs layers twice); all put back at the end."""
-    training = [m for m in model.modules() if m.training]
-    own = [m for m in training if type(m).train is not nn.Module.train]  # of which changing the mode does more
-    trainable = [p for p in model.parameters() if p.requires_grad]
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Train or eval mode inside the block; afterwards modes are what they were."""
+    modes = {m: m.training for m in model.modules()}
+    own = [m for m in modes if type(m).train is not nn.Module.train]  # of which changing the mode does more
     try:
-        model.eval()
-        for p in trainable:
-            p.requires_grad_(False)
+        model.train() if training else model.eval()
         yield
     finally:
         for m in own:
-            m.train()
-        for m in model.modules():
-            m.training = False
-        for m in training:
-            m.training = True
-        for p in trainable:
-            p.requires_grad_(True)
+            m.train(modes[m])
+        for m, mode in modes.items():
+            m.training = mode
+
+
+@contextmanager
+def frozen_eval(model: nn.Module) -> Iterator[None]:
+    """No dropout, no parameter gradients, no checkpointing (which runs layers twice); all put back at the end."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    with in_mode(model, False):
+        try:
+            for p in trainable:
+                p.requires_grad_(False)
+            yield
+        finally:
+            for p in trainable:
+                p.requires_grad_(True)

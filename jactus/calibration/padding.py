@@ -125,13 +125,18 @@ def as_mask(name: str, t: Tensor) -> Tensor | None:
     return t.bool().flatten(0, -2)
 
 
+def by_example(mask: Tensor, rows: int) -> Tensor:
+    """A mask (B, T) as (examples, B / examples, T): an example may have several rows, as in multiple choice."""
+    return mask.view(rows, -1, mask.shape[-1])
+
+
 def cut(batch: Any, masks: Masks, row: int, model: nn.Module, drop: int = 0) -> Any:
     """One example with its padding taken away, wherever a tensor has a place for it; and `drop` more of its last tokens."""
     whole = size(batch) or 1
     alone = take(batch, [row])
     keep: dict[Where, Tensor] = {}
     for path, mask in masks.items():
-        own = mask.view(whole, -1, mask.shape[-1])[row].any(0).nonzero()[:, 0]
+        own = by_example(mask, whole)[row].any(0).nonzero()[:, 0]
         keep[path] = own[: len(own) - drop] if len(own) > drop else own
     two_sided = is_encoder_decoder(model)
 

@@ -1,7 +1,6 @@
 """Ways to count a loss's terms, and small batches with parts that make them up, on which they are tried."""
 
-import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -81,36 +80,36 @@ class Probes:
     def __init__(self, model: nn.Module, batch: Any, candidates: list[Rule], takes: set[int] | None = None) -> None:
         self.model, self.batch, self.candidates, self.takes = model, batch, candidates, takes
         self.labels = {r.path for r in candidates if r.kind.endswith("labels")}
+        self.present = [t for path, t in tensors(batch) if path in self.labels]
         self.ignored = sorted({v for rule in candidates for v in rule.ignored})
 
-    def all(self) -> list[Probe]:
+    def __iter__(self) -> Iterator[Probe]:
         rows = size(self.batch)
         if rows is None:
-            return self._of_labels(self.batch)
+            yield from self._of_labels(self.batch)
+            return
         few = take(self.batch, self._telling(rows))
-        found = [self._cut(few)]
-        present = [t for path, t in tensors(self.batch) if path in self.labels]
-        for value in self.ignored:
-            if not self._may_put(value, present):
-                continue
+        yield self._cut(few)
+        yield self._halves(rows)
+        for value in filter(self._may_put, self.ignored):
             for path in sorted(self.labels):
                 fewer = self._with(few, _fewer, value, path)
                 if fewer is not None:
-                    found.append(self._cut(fewer, frozenset((path,))))
-        found.insert(1, self._halves(rows))
+                    yield self._cut(fewer, frozenset((path,)))
         for path in {r.path for r in self.candidates if r.kind.endswith("mask")}:
             shorter = mapped(few, lambda p, leaf, path=path: _shorter(leaf) if p == path else leaf)  # type: ignore[misc]
-            found.append(replace(self._cut(shorter), of_masks=True))
-        return found + self._of_labels(few) + self._padded(few)
+            yield replace(self._cut(shorter), of_masks=True)
+        yield from self._of_labels(few)
+        yield from self._padded(few)
 
-    def _padded(self, few: Any) -> list[Probe]:
+    def _padded(self, few: Any) -> Iterator[Probe]:
         """The same with one more label an example, which is ignored: a mean over all places changes, and its sum does not."""
-        present = [t for path, t in tensors(self.batch) if path in self.labels]
-        if not self._may_put(IGNORED, present):
-            return []
-        pad = functools.partial(nn.functional.pad, mode="constant")
-        longer = (self._with(few, lambda t, v: pad(t, (0, 1), value=v), IGNORED, path) for path in sorted(self.labels))
-        return [Probe(few, [more], same_inputs=True) for more in longer if more is not None]
+        if not self._may_put(IGNORED):
+            return
+        for path in sorted(self.labels):
+            longer = self._with(few, lambda t, v: nn.functional.pad(t, (0, 1), value=v), IGNORED, path)
+            if longer is not None:
+                yield Probe(few, [longer], same_inputs=True)
 
     def _telling(self, rows: int) -> list[int]:
         """Two to a few of the examples: those with most labels, and first of all some that the rules count differently. One
@@ -131,8 +130,8 @@ class Probes:
         chosen = list(dict.fromkeys([first, *apart[:1], *others[: FEW - 2], *apart, *able]))[:FEW]
         return chosen if len(chosen) > 1 else [first, first]
 
-    def _may_put(self, value: int, present: list[Tensor]) -> bool:
-        return self.takes is None or value in self.takes or any(bool((t == value).any()) for t in present)
+    def _may_put(self, value: int) -> bool:
+        return self.takes is None or value in self.takes or any(bool((t == value).any()) for t in self.present)
 
     def _halves(self, rows: int) -> Probe:
         """The whole batch: what a few examples have in common, others may not have."""
@@ -144,17 +143,14 @@ class Probes:
     def _cut(few: Any, without: frozenset[Where] = frozenset()) -> Probe:
         return Probe(few, [take(few, [0]), take(few, range(1, size(few) or 0))], without=without)
 
-    def _of_labels(self, batch: Any) -> list[Probe]:
+    def _of_labels(self, batch: Any) -> Iterator[Probe]:
         fixed = _with_decoder_inputs(self.model, batch)
-        present = [t for path, t in tensors(self.batch) if path in self.labels]
-        if fixed is None or not self._may_put(IGNORED, present):
-            return []
-        found = []
+        if fixed is None or not self._may_put(IGNORED):
+            return
         for path in sorted(self.labels):
             parts = [self._with(fixed, _only, part, path) for part in (0, 1)]
             if all(part is not None for part in parts):
-                found.append(Probe(fixed, parts, same_inputs=True, without=frozenset((path,))))
-        return found
+                yield Probe(fixed, parts, same_inputs=True, without=frozenset((path,)))
 
     def _labels_of(self, row: int, rows: int) -> int:
         """How many labels of an example may count: an example without any says nothing of what is averaged."""

@@ -79,12 +79,13 @@ class Replay:
             )
         whole = {name: [_features(out) for out in outs] for name, outs in called.items()}
         self.outputs.append(whole)
-        self._check(run, loss, index)
-        sparse = self._sparse(whole, run, index)
+        again = self._check(run, loss, index)
+        sparse = self._sparse(whole, run, again)
         kept = whole if sparse is None else sparse
         self.outputs[-1] = {name: [_widened(out) for out in outs] for name, outs in kept.items()}
 
-    def _check(self, run: Callable[[], Tensor], loss: Tensor, index: int) -> None:
+    def _check(self, run: Callable[[], Tensor], loss: Tensor, index: int) -> Tensor:
+        """The loss of the kept outputs, which is the model's own."""
         with torch.no_grad(), self.of(len(self.outputs) - 1):
             again = run()
         tolerance = rounding(self.model)[0]
@@ -93,11 +94,12 @@ class Replay:
                 f"batch {index}: from the kept outputs of {sorted(self.frozen)[:3]} the loss is {float(again):.6g}, and the model's "
                 f"own is {float(loss):.6g}: its head depends on more than they return; fit it in a loop of your own"
             )
+        return again
 
     def _sparse(
-        self, whole: dict[str, list[Any]], run: Callable[[], Tensor], index: int
+        self, whole: dict[str, list[Any]], run: Callable[[], Tensor], loss: Tensor
     ) -> dict[str, list[Any]] | None:
-        """What of the outputs reaches the loss; None to keep them whole."""
+        """What of the outputs reaches the loss; None to keep them whole, where that alone gives their very `loss`."""
         draws = [self._reaching(whole, run, seed) for seed in (0, 1)]
         if not draws[0] or any(not torch.equal(a, b) for a, b in zip(*(d.values() for d in draws))):
             return None
@@ -105,9 +107,6 @@ class Replay:
         self.outputs[-1] = kept
         with torch.no_grad(), self.of(len(self.outputs) - 1):
             sparse_loss = run()
-        self.outputs[-1] = whole
-        with torch.no_grad(), self.of(len(self.outputs) - 1):
-            loss = run()
         return kept if torch.equal(sparse_loss, loss) else None
 
     def _reaching(self, whole: dict[str, list[Any]], run: Callable[[], Tensor], seed: int) -> dict[int, Tensor]:

@@ -76,7 +76,8 @@ class Sweep:
     def _add(self, batch: Any, index: int) -> None:
         if self.tokens.first is None:
             self._look(batch, index)
-        self.tokens.begin(batch, index)
+        else:
+            self.tokens.begin(batch, index)
         for part in self._alone(batch, index) if self.tokens.alone else (batch,):
             self.losses.prepare(part, index)
             if self.tokens.alone:

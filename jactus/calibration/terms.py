@@ -5,6 +5,7 @@ a mean over something: rows, labels, labels that are predicted one place before,
 is taken under which S = L · (number of terms) adds up over parts of a batch. Labels that are ignored need not be −100.
 """
 
+import itertools
 import logging
 import math
 import re
@@ -22,8 +23,6 @@ from .probes import IGNORED, Probe, Probes, Rule
 from .rounding import FULL, is_half, rounding
 
 logger = logging.getLogger("jactus")
-
-
 AGAIN = frozenset(4**k for k in range(1, 16))  # batches on which the rule is tried once more
 INPUTS = re.compile(r"input|mask|token_type|position|index|pixel")
 
@@ -78,7 +77,6 @@ class Terms:
         self.takes: set[int] | None = None if on_cpu else safe
         self.left: list[Rule] = []
         self.first: tuple[int, ...] = ()
-        self.said = ""
         self.seen = 0
 
     def undecided(self, batch: Any) -> bool:
@@ -92,7 +90,7 @@ class Terms:
 
     def check_sum(self, batch: Any, index: int, told: bool) -> None:
         """Raise JactusError where unreduced terms, or a sum that its user vouches for (`told`: a warning then), do not add up."""
-        for probe in Probes(self.model, batch, [Rule("sum")]).all():
+        for probe in Probes(self.model, batch, [Rule("sum")]):
             whole, *parts = (float(self.value(b)) for b in (probe.whole, *probe.parts))
             if abs(whole - sum(parts)) > rounding(self.model)[0] * max(sum(map(abs, parts)), 1e-30):
                 what = (
@@ -127,9 +125,8 @@ class Terms:
         """The inverse of `state`."""
         self.left = [Rule(kind, tuple(path), tuple(ignored)) for kind, path, ignored in state["left"]]
         self.first = tuple(state["first"])
-        self.said = str(self.left[0]) if self.left else ""
 
-    def of(self, batch: Any, index: int) -> tuple[int, int]:
+    def of(self, batch: Any) -> tuple[int, int]:
         """What to multiply a batch's loss by, and how many terms it has; 0 of each where that was not decided."""
         if self.left:
             return self.left[0].factor(batch), self.left[0].count(batch)
@@ -148,7 +145,6 @@ class Terms:
         self.left = found
         if not before or len(self.left) < len(candidates):
             self.first = tuple(rule.factor(batch) for rule in self.left)
-        self.said = str(self.left[0])
 
     def _settle(self, batch: Any, index: int) -> None:
         """Two rules fit all that was seen, and count this batch differently: of labels, or a mask, which is the unlikelier."""
@@ -169,8 +165,7 @@ class Terms:
     def _tried(self, candidates: list[Rule], batch: Any, index: int, again: bool = False) -> list[Rule]:
         """Those of the candidates that add up over parts of this batch; `again`: by its examples alone, once more."""
         name = type(self.model).__name__
-        probes = Probes(self.model, batch, candidates, self.takes).all()
-        probes = probes[:1] if again else probes
+        probes = list(itertools.islice(Probes(self.model, batch, candidates, self.takes), 1 if again else None))
         if not probes:
             shapes = {".".join(path): tuple(t.shape) for path, t in tensors(batch)}
             raise JactusError(

@@ -16,10 +16,13 @@ Call = tuple[str, int]  # a layer's name, and which of its calls in a forward
 
 @dataclass
 class Trace:
-    """shapes: of what each call was given, (…, n); inputs: that itself, as it was then; owners: for each layer the first one that was given the very
-    same tensors; outputs: of layers whose last output is what the model returns, names; not_heads: modules of a plain
-    model that are called like a head, and whose output is not; changed: layers whose forward another tool replaced, and gives
-    something else than the layer's own."""
+    """What one forward gave the targets.
+
+    shapes: of what each call was given, (…, n); inputs: that itself, as it was then; owners: for each layer the first one that
+    was given the very same tensors; outputs: names of layers whose last output is what the model returns; not_heads: modules of
+    a plain model that are called like a head, and whose output is not; changed: layers whose forward another tool replaced, and
+    gives something else than the layer's own.
+    """
 
     inputs: dict[Call, Tensor] = field(default_factory=dict)
     shapes: dict[Call, torch.Size] = field(default_factory=dict)

@@ -150,18 +150,25 @@ def jina() -> Any:
     return _fused("JinaEmbeddingsV3ForSequenceClassification", "jina_embeddings_v3")
 
 
+def _loaded_as(cls: Any, model: nn.Module) -> Any:
+    """The model's checkpoint as another class loads it, in eval mode; or the refusal."""
+    with tempfile.TemporaryDirectory() as directory:
+        jactus.save_pretrained(model, directory)
+        try:
+            return cls.from_pretrained(directory, dtype=torch.float64).eval()
+        except JactusError as e:
+            return e
+
+
 @kind("bert-other-task", "a sequence classifier reloads as a token classifier with a fresh head, as dense ones do")
 def other_task() -> Result:
     model = tiny("SEQUENCE_CLASSIFICATION", "bert")
     data = text("SEQUENCE_CLASSIFICATION", model, RAGGED)
     model = _compressed(model, data).eval()
     batch = {k: v for k, v in data.together[0].items() if k != "labels"}
-    with tempfile.TemporaryDirectory() as directory:
-        jactus.save_pretrained(model, directory)
-        try:
-            again = AutoModelForTokenClassification.from_pretrained(directory, dtype=torch.float64).eval()
-        except JactusError as e:
-            return judged("", model, [f"dense checkpoints load, this one: {e}"])
+    again = _loaded_as(AutoModelForTokenClassification, model)
+    if isinstance(again, JactusError):
+        return judged("", model, [f"dense checkpoints load, this one: {again}"])
     with torch.no_grad():
         off = float((again.bert(**batch)[0] - model.bert(**batch)[0]).norm())
     wrong = [f"the base's states are off by {off:.1e}"] if off > TOLERANCE else []
@@ -179,12 +186,9 @@ def encoder_only() -> Result:
         model.save_pretrained(directory)
         T5EncoderModel.from_pretrained(directory)  # a dense one loads
     model = _compressed(model, data).eval()
-    with tempfile.TemporaryDirectory() as directory:
-        jactus.save_pretrained(model, directory)
-        try:
-            again = T5EncoderModel.from_pretrained(directory, dtype=torch.float64).eval()
-        except JactusError as e:
-            return judged("", model, [f"dense checkpoints load, this one: {e}"])
+    again = _loaded_as(T5EncoderModel, model)
+    if isinstance(again, JactusError):
+        return judged("", model, [f"dense checkpoints load, this one: {again}"])
     with torch.no_grad():
         off = float((again(**batch)[0] - model.encoder(**batch)[0]).norm())
     return judged("", model, [f"the encoder's states are off by {off:.1e}"] if off > TOLERANCE else [])
