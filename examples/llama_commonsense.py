@@ -57,8 +57,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--max-train", type=int, help="training rows, drawn by --seed; all by default")
     parser.add_argument("--max-test", type=int, help="test rows a task")
-    parser.add_argument("--budget", type=float, default=0.8, help="what to keep of the linear layers, in (0, 1)")
-    parser.add_argument("--accounting", choices=["three_factor", "folded"], default="three_factor")
+    parser.add_argument("--budget", type=float, default=0.8, help="what to keep of the linear layers, in (0, 1]")
+    parser.add_argument(
+        "--accounting",
+        choices=["compact", "folded", "three_factor"],
+        default="compact",
+        help="what a rank counts: as it is deployed, as a pair of factors, or with its core as the paper counts",
+    )
     parser.add_argument("--union", nargs="+", default=["weight", "gradient"], help="weight, covariance, gradient")
     parser.add_argument("--calibration-rows", type=int, default=2048)
     parser.add_argument("--snapshot-seconds", type=float, default=1800, help="calibration resumes from the last one")
@@ -86,8 +91,6 @@ def check(args: argparse.Namespace) -> JactusConfig:
         value = getattr(args, name)
         if value is not None and not least <= value < math.inf:
             raise JactusError(f"--{name.replace('_', '-')} is {value}; it must be {least} or more")
-    if args.budget == 1:
-        raise JactusError("--budget is 1.0, which keeps every layer dense and leaves no core to train; give less")
     if (args.output / "results.json").exists():
         raise JactusError(f"{args.output / 'results.json'} exists; choose another --output, or move it away")
     if args.resume and not (args.plan and checkpoint_of(args)):
@@ -100,9 +103,7 @@ def check(args: argparse.Namespace) -> JactusConfig:
         budget=args.budget,
         accounting=args.accounting,
         union=args.union,
-        # as in the paper: directions of the task beside the weight's, and a core in every layer; both cost some of the language
-        union_share=0.1,
-        leave_dense=False,
+        union_share=0.1,  # as in the paper: directions of the task beside the weight's, which cost some of the language
     )
 
 

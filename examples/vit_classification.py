@@ -54,8 +54,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--test-split", default="test", help="of a data set: its folder's or split's name")
     parser.add_argument("--max-train", type=int, help="training images a data set, drawn by --seed; all by default")
     parser.add_argument("--max-test", type=int)
-    parser.add_argument("--budget", type=float, default=0.8, help="what to keep of the linear layers, in (0, 1)")
-    parser.add_argument("--accounting", choices=["three_factor", "folded"], default="three_factor")
+    parser.add_argument("--budget", type=float, default=0.8, help="what to keep of the linear layers, in (0, 1]")
+    parser.add_argument(
+        "--accounting",
+        choices=["compact", "folded", "three_factor"],
+        default="compact",
+        help="what a rank counts: as it is deployed, as a pair of factors, or with its core as the paper counts",
+    )
     parser.add_argument("--union", nargs="+", default=["weight", "gradient"], help="weight, covariance, gradient")
     parser.add_argument("--head-rows", type=int, default=5000, help="images that the fresh head is fitted to")
     parser.add_argument("--calibration-rows", type=int, default=1024)
@@ -84,8 +89,6 @@ def check(args: argparse.Namespace) -> JactusConfig:
     names = [Path(data).name for data in args.data]
     if len(set(names)) < len(names):
         raise JactusError(f"--data has two data sets of one name among {names}; results go by name: rename a folder")
-    if args.budget == 1:
-        raise JactusError("--budget is 1.0, which keeps every layer dense and leaves no core to train; give less")
     if (args.output / "results.json").exists():
         raise JactusError(f"{args.output / 'results.json'} exists; choose another --output, or move it away")
     if DEVICE == "cpu" and str(args.statistics_device).startswith("cuda"):

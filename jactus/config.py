@@ -75,7 +75,7 @@ class JactusConfig:
                 object.__setattr__(self, name, tuple(sorted(value) if isinstance(value, set) else value))
         plain_dtype(self, "dtype")
         grouped = isinstance(self.allocation, Allocation) and isinstance(self.core, Core)
-        square = grouped and self.core.trainable_rank is None and self.budget.accounting == "folded"
+        square = grouped and self.core.trainable_rank is None and self.budget.accounting != "three_factor"
         allowed = {
             "target_modules": _names(self.target_modules),
             "exclude_modules": _names(self.exclude_modules),
@@ -93,8 +93,6 @@ class JactusConfig:
         }
         check(self, allowed)
         beside = f"accounting={self.budget.accounting!r} and trainable_rank={self.core.trainable_rank}"
-        if self.allocation.full_rank and not square:
-            refuse(self.allocation, "full_rank", beside)
         if self.core.width > 1 and not square:
             refuse(self.core, "width", beside)
         if self.core.coordinate_damping < self.damping:
@@ -138,8 +136,9 @@ class JactusConfig:
 
         A number for the budget changes its fraction alone, a word for the allocation its method alone. One field of a group
         may be given by its flat name: budget_unit, accounting, scope, latency_tokens, rank_floor, uniform_part, rank_multiple,
-        leave_dense, full_rank, core_width, trainable_rank, core_dtype, coordinates, coordinate_damping, step_scaling.
+        core_width, trainable_rank, core_dtype, coordinates, coordinate_damping, step_scaling.
         """
+        _refuse_gone(changes)
         inside: dict[str, dict[str, Any]] = {}
         for name in list(changes):
             group, key = FLAT.get(name, (name, ""))
@@ -162,7 +161,7 @@ class JactusConfig:
     def from_dict(cls, values: dict[str, Any]) -> "JactusConfig":
         """The inverse of `to_dict`, which also reads the flat options of version 0.1.0; raises JactusError for a field this
         version does not know."""
-        values = {name: value for name, value in values.items() if name not in OF_A_RUN}
+        values = {name: value for name, value in values.items() if name not in (*OF_A_RUN, *GONE)}
         if "rank_floor" in values:  # one name for two things: a rank, or a part of the uniform rank
             floor = values.pop("rank_floor")
             values |= (
@@ -173,7 +172,7 @@ class JactusConfig:
         groups = {}
         for name, kind in GROUPS.items():
             if isinstance(values.get(name), dict):
-                held = values.pop(name)
+                held = {key: value for key, value in values.pop(name).items() if key not in GONE}
                 _refuse_unknown(set(held) - {f.name for f in fields(kind)}, kind.__name__)
                 groups[name] = kind(**held)
         _refuse_unknown(set(values) - {f.name for f in fields(cls)} - set(FLAT), "JactusConfig")
@@ -192,8 +191,6 @@ FLAT = {
     "rank_floor": ("allocation", "rank_floor"),
     "uniform_part": ("allocation", "uniform_part"),
     "rank_multiple": ("allocation", "rank_multiple"),
-    "leave_dense": ("allocation", "leave_dense"),
-    "full_rank": ("allocation", "full_rank"),
     "core_width": ("core", "width"),
     "trainable_rank": ("core", "trainable_rank"),
     "core_dtype": ("core", "dtype"),
@@ -201,7 +198,16 @@ FLAT = {
     "coordinate_damping": ("core", "coordinate_damping"),
     "step_scaling": ("core", "step_scaling"),
 }
+GONE = ("leave_dense", "full_rank")  # every layer may have its full rank, at which it costs what it costs dense
 OF_A_RUN = ("statistics_dtype", "statistics_device", "memory_limit", "loss_scale")  # arguments of `calibrate` since
+
+
+def _refuse_gone(names: Any) -> None:
+    if found := [name for name in names if name in GONE]:
+        raise JactusError(
+            f"there is no option {found[0]} any more: every layer may have any rank up to its full one, at which it is deployed "
+            "as large as it was dense, and its core trains; to keep a layer as it is, name it in exclude_modules"
+        )
 
 
 def _refuse_unknown(names: set[str], kind: str) -> None:
@@ -212,6 +218,7 @@ def _refuse_unknown(names: set[str], kind: str) -> None:
 def _with_advice(init: Any) -> Any:
     @functools.wraps(init)
     def checked(self: Any, *args: Any, **options: Any) -> None:
+        _refuse_gone(options)
         moved = [name for name in options if name in FLAT and name not in ("budget", "allocation")]
         moved += [name for name in options if name in OF_A_RUN]
         if moved:

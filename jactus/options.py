@@ -25,6 +25,9 @@ def check(settings: Any, allowed: dict[str, bool], beside: str = "") -> None:
             )
 
 
+ACCOUNTINGS = ("compact", "folded", "three_factor")
+
+
 @dataclass(frozen=True)
 class Budget:
     """How much to keep, and of what."""
@@ -34,12 +37,13 @@ class Budget:
         "parameters",
         "'parameters', 'bytes' (of the weights as they are, spent as stored), 'flops' (per calibration token) or 'latency': the time that one call of each "
         "layer, folded, takes for `latency_tokens`, measured while planning on the device of the weights and in their dtype "
-        "(our choice; no layer gets a rank at which it is slower than dense). 'latency' needs accounting='folded'.",
+        "(our choice; no layer gets a rank at which it is slower than dense). 'latency' needs accounting='compact'.",
     )
     accounting: str = option(
-        "three_factor",
-        "'three_factor' counts r(m+n)+r² a layer, what is stored while training; 'folded' counts r(m+n), what is "
-        "deployed. '80%' is ambiguous without this word.",
+        "compact",
+        "What a layer of rank r counts: 'compact' r(m+n−r), what `fold` deploys; 'folded' r(m+n), a pair of factors, as most "
+        "published comparisons count; 'three_factor' r(m+n)+r², as the paper counts. A layer of full rank counts m·n, as dense. "
+        "What is deployed is compact whichever is counted.",
     )
     scope: str = option(
         "targets", "'targets': the budget is of the targeted layers; 'model': of the whole model (in parameters only)."
@@ -52,8 +56,8 @@ class Budget:
         allowed = {
             "fraction": number(self.fraction) and 0 < self.fraction <= 1,
             "unit": self.unit in ("parameters", "bytes", "flops")
-            or (self.unit == "latency" and self.accounting == "folded"),
-            "accounting": self.accounting in ("three_factor", "folded"),
+            or (self.unit == "latency" and self.accounting == "compact"),
+            "accounting": self.accounting in ACCOUNTINGS,
             "scope": self.scope == "targets" or (self.scope == "model" and self.unit == "parameters"),
             "latency_tokens": whole(self.latency_tokens) and self.latency_tokens >= 1,
         }
@@ -72,20 +76,9 @@ class Allocation:
         "holds. A floor keeps core parameters to adapt with in layers that are easy to compress (measured).",
     )
     rank_multiple: int = option(
-        16, "Ranks (but full ones) are multiples of this, so that rows stay aligned for tiles and vector loads."
-    )
-    leave_dense: bool | None = option(
-        None,
-        "Whether a layer may stay dense where that preserves more per unit of cost than rank elsewhere; None: in language "
-        "models, whose loss is to be preserved, and not where a task head trains, since a dense layer has no core to adapt "
-        "with (both measured). (A budget of 1 is dense, or of full rank.)",
-    )
-    full_rank: bool = option(
-        False,
-        "Whether a layer may have its full rank where that preserves more per unit of cost than rank elsewhere (our choice, "
-        "measured). It costs what the dense layer costs and folds to one, but until then it has a core as long as the layer's "
-        "shorter side, and longer by the task's directions on the other, which trains: more to store and to optimize, for more "
-        "to learn with and no frozen layer. In the place of leave_dense; needs accounting='folded' and no trainable_rank.",
+        16,
+        "Ranks (but full ones) are multiples of this, so that rows stay aligned for tiles and vector loads. A layer whose shorter "
+        "side is shorter than this stays as it is.",
     )
 
     def __post_init__(self) -> None:
@@ -94,8 +87,6 @@ class Allocation:
             "rank_floor": whole(self.rank_floor) and self.rank_floor >= 0,
             "uniform_part": number(self.uniform_part) and 0 <= self.uniform_part <= 1,
             "rank_multiple": whole(self.rank_multiple) and self.rank_multiple >= 1,
-            "leave_dense": self.leave_dense is None or isinstance(self.leave_dense, bool),
-            "full_rank": isinstance(self.full_rank, bool) and not (self.full_rank and self.leave_dense),
         }
         check(self, allowed)
 
@@ -108,8 +99,8 @@ class Core:
         1.0,
         "The longer side of a core as a multiple of the rank (our choice): so many directions, not the rank's, on the side of "
         "the layer with fewer rows, which give low ranks more to learn with. Folding multiplies them away: what is deployed is "
-        "r(m+n) as ever, but what is stored and trains until then is larger, at high budgets than dense. Above 1 it needs "
-        "accounting='folded' and no trainable_rank.",
+        "as large as ever, but what is stored and trains until then is larger, at high budgets than dense. Above 1 it needs "
+        "another accounting than 'three_factor' and no trainable_rank.",
     )
     trainable_rank: int | None = option(
         None,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from .model.lowrank import LowRankLinear, compressed_layers, core_layers
+from .planning.allocation import parameters as deployed
 from .planning.plans import Plan
 
 
@@ -30,8 +31,7 @@ def size(model: nn.Module) -> Size:
     saved = 0
     for layer in core_layers(model).values():
         own = sum(p.numel() for n, p in layer.named_parameters() if n != "bias")
-        m, n = layer.out_features, layer.in_features
-        saved += own - min(layer.rank * (m + n), m * n)
+        saved += own - int(deployed(layer.out_features, layer.in_features, layer.rank))
     stored = sum(p.numel() for p in parameters)
     return Size(
         stored,

@@ -3,6 +3,7 @@
 from . import reference
 from .errors import JactusError
 from .ops import core_linear, covariance_update_, folded_linear
+from .pivots import narrow, widen
 from .policy import explain
 from .ranks import pad_rank, padded_rank
 from .reference import symmetrize_
@@ -14,9 +15,11 @@ __all__ = [
     "covariance_update_",
     "explain",
     "folded_linear",
+    "narrow",
     "pad_rank",
     "padded_rank",
     "reference",
     "symmetrize_",
     "use",
+    "widen",
 ]

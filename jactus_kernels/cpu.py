@@ -1,4 +1,4 @@
-"""The CPU's own covariance update: the same sums as the reference, with less arithmetic."""
+"""The CPU's own covariance update, the same sums as the reference with less arithmetic; and its own gather of columns."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,3 +49,32 @@ def _lower_triangle_(S: Tensor, X: Tensor, alpha: float) -> None:
     for i in range(0, n, BLOCK):
         j = min(i + BLOCK, n)
         S[i:j, :j].addmm_(X[:, i:j].T, X[:, :j], alpha=alpha)
+
+
+GATHERED = (
+    256  # rows at a time, so that their float32 copies stay in a cache (measured: a quarter of index_select's time)
+)
+
+
+def gather(x: Tensor, order: Tensor) -> Tensor:
+    """x (..., d) with its columns as `order` (d,) has them. Of 2-byte numbers torch gathers one at a time; of float32 it does
+    not, so they are gathered as float32."""
+    if x.element_size() != 2 or not x.is_floating_point():
+        return x.index_select(-1, order)
+    rows = x.reshape(-1, x.shape[-1])
+    out = torch.empty_like(rows)
+    for some, to in zip(rows.split(GATHERED), out.split(GATHERED)):
+        to.copy_(some.float().index_select(-1, order))
+    return out.view(x.shape)
+
+
+def narrow(x: Tensor, B: Tensor, order: Tensor) -> Tensor:
+    """`reference.narrow`, with its own gather."""
+    r = B.shape[1]
+    flat = gather(x, order[0]).view(-1, x.shape[-1])
+    return torch.addmm(flat[:, :r], flat[:, r:], B).view(*x.shape[:-1], r)
+
+
+def widen(z: Tensor, B: Tensor, order: Tensor) -> Tensor:
+    """`reference.widen`, with its own gather."""
+    return gather(torch.cat([z, z @ B.T], dim=-1), order[1])

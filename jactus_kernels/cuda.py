@@ -61,6 +61,16 @@ def folded_linear(x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None) -
     return _layers("folded_linear", x, left.shape[0], right.T).folded_linear(x, left, right, bias)
 
 
+def narrow(x: Tensor, B: Tensor, order: Tensor) -> Tensor:
+    """z = x Π [I; B]; x (..., d)."""
+    return _scattered("narrow", x, B).narrow(x.reshape(-1, x.shape[-1]), B, order).view(*x.shape[:-1], B.shape[1])
+
+
+def widen(z: Tensor, B: Tensor, order: Tensor) -> Tensor:
+    """y = z (Π [I; B])ᵀ; z (..., r)."""
+    return _scattered("widen", z, B).widen(z.reshape(-1, z.shape[-1]), B, order).view(*z.shape[:-1], order.shape[1])
+
+
 def _layers(op: str, x: Tensor, m: int, V: Tensor):
     n, r = V.shape
     if not _uses_triton(op, x, m, n, r):
@@ -68,6 +78,18 @@ def _layers(op: str, x: Tensor, m: int, V: Tensor):
     from . import fused
 
     return fused
+
+
+def _scattered(op: str, x: Tensor, B: Tensor):
+    """Where these run, for x (..., ·) and B (d − r, r)."""
+    d, r = sum(B.shape), B.shape[1]
+    T = x.numel() // x.shape[-1]
+    m, n = (d, r) if op == "widen" else (r, d)
+    if not uses_triton(op, x.device, x.dtype, Shape(T, m, n, r, x.element_size())):
+        return reference
+    from . import scatter
+
+    return scatter
 
 
 def _mm_has_out_dtype() -> bool:

@@ -76,6 +76,11 @@ def torch_launches(op: str, s: Shape) -> list[Launch]:
         # the product at the input's speed into a float32 temporary (torch.mm with out_dtype), then its addition to S
         whole = 4 * n * n
         return [_product(LIBRARY, s, n, n, T), Launch("torch", 0.0, 3 * whole, FULL)]
+    if op in ("narrow", "widen"):
+        d, size = max(m, n), s.itemsize
+        # the columns put in order are written and read once more, and so is what is left out of a product
+        moved = Launch("torch", 0.0, size * T * (2 * d + 2 * (d if op == "widen" else r)), FULL)
+        return [_product(LIBRARY, s, *((T, d - r, r) if op == "widen" else (T, r, d - r))), moved]
     products = {
         "core_linear": [inner, core, outer],
         "core_linear_train": [inner, core, outer],
@@ -96,6 +101,11 @@ def triton_launches(op: str, s: Shape, family: str, multiprocessors: int, librar
 
     if op == "covariance_update":
         return _covariance(s, family, multiprocessors)
+    if op in ("narrow", "widen"):
+        d, tile = max(m, n), find_tile(op, family, size)
+        cols = r if op == "narrow" else d
+        blocks = -(-T // tile.rows) * -(-cols // tile.cols)
+        return [Launch(op, 2.0 * T * r * (d - r), size * (T * (d + r) + r * (d - r)), blocks)]
     backward = op == "core_linear_backward"
     if not backward and op != "core_linear_train" and fits_decode(T, r, size, core=op == "core_linear"):
         core = r * r if op == "core_linear" else 0

@@ -168,7 +168,7 @@ def core_linear(x: Tensor, U: Tensor, C: Tensor, V: Tensor, bias: Tensor | None 
             f"core_linear: x {tuple(x.shape)}, U {tuple(U.shape)}, C {tuple(C.shape)}, V {tuple(V.shape)}, bias "
             f"{None if bias is None else tuple(bias.shape)} do not fit; need x (..., n), U (m, p), C (p, q), V (n, q)"
         )
-    dtype = _working_dtype("core_linear", x, U, C, V, bias)
+    dtype = working_dtype("core_linear", x, U, C, V, bias)
     trained_bases = torch.is_grad_enabled() and (U.requires_grad or V.requires_grad)
     trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, C, bias))
     passes = ("core_linear_train", "core_linear_backward") if trains else ("core_linear",)
@@ -194,7 +194,7 @@ def folded_linear(x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None = 
             f"folded_linear: x {tuple(x.shape)}, left {tuple(left.shape)}, right {tuple(right.shape)} do not fit; "
             "need x (..., n), left (m, r), right (r, n)"
         )
-    dtype = _working_dtype("folded_linear", x, left, right, bias)
+    dtype = working_dtype("folded_linear", x, left, right, bias)
     tensors = (x, left, right, bias)
     trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if trains or not _is_operator(("folded_linear",), x, dtype, m, n, r):
@@ -214,7 +214,7 @@ def _is_operator(ops: tuple[str, ...], x: Tensor, dtype: torch.dtype, m: int, n:
     )
 
 
-def _working_dtype(op: str, x: Tensor, *others: Tensor | None) -> torch.dtype:
+def working_dtype(op: str, x: Tensor, *others: Tensor | None) -> torch.dtype:
     """The dtype that `torch.nn.functional.linear` would compute in: autocast's, or the one that all tensors share."""
     device = x.device.type
     wide = [t.dtype == torch.float64 for t in (x, *others) if t is not None]  # which autocast leaves as they are

@@ -22,7 +22,15 @@ from .errors import JactusError
 from .launches import LIBRARY, Launch, Shape, torch_launches, triton_launches
 from .roofline import GPUS, Gpu, find_gpu, floor, predict
 
-OPERATORS = ("covariance_update", "core_linear", "core_linear_train", "core_linear_backward", "folded_linear")
+OPERATORS = (
+    "covariance_update",
+    "core_linear",
+    "core_linear_train",
+    "core_linear_backward",
+    "folded_linear",
+    "narrow",
+    "widen",
+)
 MARGIN = 0.95  # the kernel must be predicted this much faster: between equals, the vendor's library
 MEASURED = Path(__file__).parent / "measured"
 COLUMNS = ("op", "dtype", "T", "m", "n", "r", "triton_us", "torch_us")  # of a measurement file

@@ -1,8 +1,11 @@
 """The definition of right: every operator in plain PyTorch, with the signatures of the fast ones.
 
-Letters: T tokens, m outputs, n inputs, r rank. A layer's weight is W = U C Vᵀ with U (m, r), C (r, r), V (n, r).
+Letters: T tokens, m outputs, n inputs, r rank. A layer's weight is W = U C Vᵀ with U (m, r), C (r, r), V (n, r). A basis with d
+rows of which r *pivots* are the identity is Π [I; B], B (d − r, r); `order` (2, d) says where its rows are: order[0] has the
+pivots and then the others, order[1] is the inverse of that permutation.
 """
 
+import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -59,3 +62,16 @@ def core_linear_backward(
 def folded_linear(x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
     """y = x (left right)ᵀ + b for x (..., n), left (m, r), right (r, n), bias (m,); y (..., m) in x's dtype."""
     return linear(linear(x, right), left, bias)
+
+
+def narrow(x: Tensor, B: Tensor, order: Tensor) -> Tensor:
+    """z = x Π [I; B]: the pivots among x's columns, and B's combinations of the others added. x (..., d); z (..., r)."""
+    r = B.shape[1]
+    x = x.index_select(-1, order[0])
+    return x[..., :r] + x[..., r:] @ B
+
+
+def widen(z: Tensor, B: Tensor, order: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y = z (Π [I; B])ᵀ + b: z in the places of the pivots, z Bᵀ in the others'. z (..., r); y (..., d); bias (d,)."""
+    y = torch.cat([z, z @ B.T], dim=-1).index_select(-1, order[1])
+    return y if bias is None else y + bias

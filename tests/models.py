@@ -26,9 +26,9 @@ SMALL = JactusConfig().replace(
     union_share=0.25,  # the default's tenth of a tiny rank would be no direction at all
     trainable_extras=("head", "bias"),
 )
-EVERY = SMALL.replace(leave_dense=False, budget=0.7)  # no target stays dense
-WIDE = EVERY.replace(accounting="folded", core_width=1.5)
-FULL = EVERY.replace(accounting="folded", full_rank=True)  # some layers have low rank, and some their full one
+EVERY = SMALL.replace(budget=0.7)  # in every family most layers have low rank, and some their full one
+WIDE = EVERY.replace(core_width=1.5)
+FULL = EVERY.replace(budget=0.9)  # at least half of them have their full one
 
 
 @dataclass(frozen=True)

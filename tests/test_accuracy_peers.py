@@ -14,11 +14,13 @@ from bench.accuracy.compressors import COMPRESSORS
 from bench.accuracy.peers import METHODS, Context
 from jactus import JactusConfig, JactusError
 from jactus.model.families import head_parameters
-from jactus.model.lowrank import compressed_layers
+from jactus.model.lowrank import FoldedLinear, compressed_layers, replace_module
+from jactus.model.pivots import pivots
 from jactus.model.targets import find_targets
 from tests.models import BERT, BY_NAME, GPT2, LLAMA, VIT
 
 FULL = ("full", "full[linears]")
+COMPACT = ("svd-llm-compact",)
 ADAPTERS = ("lora", "dora", "pissa", "corda", "eva", "eigentune")
 BUDGETS = (0.8, 0.5, 0.3)
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT's use of transformers
@@ -69,7 +71,12 @@ def norms(name, layer):
 @pytest.mark.parametrize("name", COMPRESSORS)
 def test_at_full_rank_a_compressor_gives_the_dense_model(name, family):
     model = family.model(dtype=torch.float64)
-    small = COMPRESSORS[name](copy.deepcopy(model), statistics(family.name, torch.float64), 2.0)
+    whole = (
+        1.0 if name in COMPACT else 2.0
+    )  # a pair of full rank counts up to twice what is dense, and without its pivots as much
+    small = COMPRESSORS[name](copy.deepcopy(model), statistics(family.name, torch.float64), whole)
+    for target in find_targets(model, JactusConfig()).values():
+        assert small.get_submodule(target.name)[0].out_features == min(target.m, target.n)
     batch = {k: v.double() if v.is_floating_point() else v for k, v in batches_of(family)[0].items()}
     torch.testing.assert_close(small(**batch).logits, model(**batch).logits, rtol=1e-9, atol=1e-9)
 
@@ -77,9 +84,10 @@ def test_at_full_rank_a_compressor_gives_the_dense_model(name, family):
 def test_each_compressor_is_the_best_in_its_own_norm():
     model = VIT.model(dtype=torch.float64)
     known = statistics("vit", torch.float64)
-    small = {name: make(copy.deepcopy(model), known, 0.5) for name, make in COMPRESSORS.items()}
-    for own in COMPRESSORS:
-        total = dict.fromkeys(COMPRESSORS, 0.0)
+    pairs = {name: make for name, make in COMPRESSORS.items() if name not in COMPACT}
+    small = {name: make(copy.deepcopy(model), known, 0.5) for name, make in pairs.items()}
+    for own in pairs:
+        total = dict.fromkeys(pairs, 0.0)
         for layer, target in find_targets(model, JactusConfig()).items():
             S, T = norms(own, layer)
             rank = compressors.uniform_rank(target.m, target.n, 0.5)
@@ -89,11 +97,34 @@ def test_each_compressor_is_the_best_in_its_own_norm():
             }
             least = torch.linalg.svdvals(S @ target.weight @ T)[rank:].square().sum().item()  # Eckart-Young
             assert error[own] == pytest.approx(least, rel=1e-6)
-            for name in COMPRESSORS:
+            for name in pairs:
                 assert error[own] <= error[name] * (1 + 1e-6)
                 total[name] += error[name] / least
         # or the four would be one method
-        assert all(total[own] < 0.999 * total[name] for name in COMPRESSORS if name != own)
+        assert all(total[own] < 0.999 * total[name] for name in pairs if name != own)
+
+
+def test_without_its_pivots_a_pair_has_more_rank_for_the_same_budget_and_is_the_best_of_it():
+    model, known = VIT.model(dtype=torch.float64), statistics("vit", torch.float64)
+    small = COMPRESSORS["svd-llm-compact"](copy.deepcopy(model), known, 0.6)
+    for layer, target in find_targets(model, JactusConfig()).items():
+        S, T = norms("svd-llm", layer)
+        pair = small.get_submodule(layer)
+        rank = pair[0].out_features
+        assert rank > compressors.uniform_rank(target.m, target.n, 0.6)
+        least = torch.linalg.svdvals(S @ target.weight @ T)[rank:].square().sum().item()
+        assert (S @ (target.weight - weights(pair)) @ T).square().sum().item() == pytest.approx(least, rel=1e-6)
+
+
+@pytest.mark.parametrize("budget", [0.1, 0.35, 0.5, 0.8, 0.99, 1.0])
+def test_uniform_ranks_are_the_largest_that_the_budget_bears(budget):
+    for m, n in ((64, 64), (30, 50), (50, 30), (16, 400)):
+        most = budget * m * n + 1e-6
+        r = compressors.uniform_rank(m, n, budget)
+        assert r * (m + n) <= most < (r + 1) * (m + n)
+        r = compressors.uniform_rank(m, n, budget, compact=True)
+        assert r * (m + n - r) <= most
+        assert r == min(m, n) or most < (r + 1) * (m + n - r - 1)
 
 
 def test_factors_are_balanced():
@@ -166,8 +197,8 @@ def test_cersa_takes_the_largest_common_energy_that_fits(budget):
     small = compressed_layers(compressors.cersa(copy.deepcopy(model), None, budget))
     assert {k: layer.rank for k, layer in small.items()} == ranks
     for name, layer in small.items():
-        for basis in (layer.U, layer.V):
-            torch.testing.assert_close(basis.T @ basis, torch.eye(layer.rank), rtol=0, atol=1e-5)
+        for basis in layer.bases():
+            torch.testing.assert_close(basis.T @ basis, torch.eye(layer.rank).double(), rtol=0, atol=1e-5)
         U, S, Vh = torch.linalg.svd(model.get_submodule(name).weight, full_matrices=False)
         truncated = U[:, : layer.rank] * S[: layer.rank] @ Vh[: layer.rank]
         # float32 rounding, 1e-7, over gaps of 0.007 between singular values turns directions by about 2e-5
@@ -241,7 +272,26 @@ def test_sizes_are_those_of_the_model_really_deployed(name, family):
         model = eigentune.merge_and_unload(model)
     elif name == "cersa":
         model = jactus.fold(model)
+    if name.removesuffix("+lora") in COMPACT:
+        before = outputs(model, family)
+        model = without_pivots(model)
+        torch.testing.assert_close(outputs(model, family), before, rtol=1e-4, atol=2e-6)
     assert size.folded == sum(p.numel() for p in model.parameters())
+
+
+@torch.no_grad()
+def without_pivots(model):
+    """Each pair that is counted so as the layer that JACTUS would deploy."""
+    for name, pair in [(n, m) for n, m in model.named_modules() if isinstance(m, compressors.CompactPair)]:
+        right, left = (layer.weight.double() for layer in pair)
+        (m, r), n = left.shape, right.shape[1]
+        near, far = (left, right.T) if m <= n else (right.T, left)
+        order, B = pivots(near)
+        layer = FoldedLinear(m, n, r, bias=False)
+        layer.hold(order, B, far @ near[order[0, :r]].T, pair[1].weight.dtype)
+        layer.bias = pair[1].bias
+        replace_module(model, name, layer)
+    return model
 
 
 @pytest.mark.parametrize("name", ["corda", "eva"])

@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import jactus
 from jactus import JactusError
+from jactus.model.lowrank import compressed_layers
 from tests.models import BERT, EVERY, FAMILIES, FULL, GPT2, LLAMA, SMALL, WIDE, compressed, planned
 
+FORMS = {"square": EVERY, "block": EVERY.replace(trainable_rank=2), "wide": WIDE, "full": FULL}
 resource = pytest.importorskip("resource", reason="file size limits are a POSIX matter")
 
 
@@ -142,7 +144,7 @@ DAMAGE = [
     (truncate_to_nothing, "model.safetensors is truncated, corrupted or of another checkpoint"),
     (flip_a_byte, "model.safetensors is truncated, corrupted or of another checkpoint"),
     (weights_of_another, "model.safetensors is truncated, corrupted or of another checkpoint"),
-    (edit_config(quantization_config__format=99), "format 99, newer than 1: upgrade"),
+    (edit_config(quantization_config__format=99), "format 99, newer than 2: upgrade"),
     (edit_config(hidden_size=32), r"of another model: it has a low-rank layer bert\.encoder\.layer\.0.* \(16×16\)"),
     (edit_config(num_hidden_layers=1), r"of another model.*bert\.encoder\.layer\.1.*none of that name"),
     (edit_config(model_type="distilbert"), "of another model"),
@@ -163,6 +165,17 @@ def test_weights_without_the_factors_are_refused_even_without_digests(tmp_path):
     BERT.model().save_pretrained(tmp_path / "dense")
     shutil.move(tmp_path / "dense" / "model.safetensors", tmp_path / "model.safetensors")
     with pytest.raises(JactusError, match=r"bert\.encoder\.layer\.0\S+ .* has no U in the weight files"):
+        BERT.auto.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(("form", "key"), [("core", "rows"), ("core", "columns"), ("folded", "order")])
+def test_weights_without_the_pivots_are_refused_too(form, key, tmp_path):
+    """Rows in a made-up order would be another layer's."""
+    model = compressed(BERT, EVERY)
+    (jactus.fold(model) if form == "folded" else model).save_pretrained(tmp_path)
+    kept = {name: t for name, t in load_file(tmp_path / "model.safetensors").items() if not name.endswith(f".{key}")}
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(JactusError, match=rf"bert\.encoder\.layer\.\d\S+ .* has no {key} in the weight files"):
         BERT.auto.from_pretrained(tmp_path)
 
 
@@ -228,9 +241,7 @@ def test_the_models_own_save_after_a_reload_reloads(tmp_path):
 
 
 @pytest.mark.parametrize("family", [BERT, LLAMA, GPT2], ids=lambda f: f.name)
-@pytest.mark.parametrize(
-    "config", [EVERY, EVERY.replace(trainable_rank=2), WIDE, FULL], ids=["square", "block", "wide", "full"]
-)
+@pytest.mark.parametrize("config", FORMS.values(), ids=FORMS)
 def test_two_tasks_swap_on_the_same_bases(family, config, tmp_path):
     model = compressed(family, config)
     found = {}
@@ -245,6 +256,66 @@ def test_two_tasks_swap_on_the_same_bases(family, config, tmp_path):
         jactus.load_cores(other, tmp_path / f"{seed}.safetensors")
         assert torch.equal(logits(model, family), found[seed])
         assert torch.equal(logits(other, family), found[seed])
+
+
+def indices(model):
+    return {name: t for name, t in model.named_buffers() if name.endswith((".rows", ".columns", ".order"))}
+
+
+@pytest.mark.parametrize("config", FORMS.values(), ids=FORMS)
+def test_a_file_of_cores_holds_what_trains_and_no_pivots(config, tmp_path):
+    model = change(compressed(BERT, config))
+    assert indices(model)
+    jactus.save_cores(model, tmp_path / "cores")
+    with safe_open(tmp_path / "cores", framework="pt") as file:
+        found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        meta = json.loads(file.metadata()["jactus"])["meta"]
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    cores = {name for name, _ in model.named_parameters() if name.endswith((".core", ".block"))}
+    assert found.keys() == trained | cores
+    assert all(torch.equal(t, model.get_parameter(name)) for name, t in found.items())
+    assert meta["state"] == []
+    before = {name: t.clone() for name, t in indices(model).items()}
+    jactus.load_cores(model, tmp_path / "cores")
+    assert all(torch.equal(t, before[name]) for name, t in indices(model).items())
+
+
+@pytest.mark.parametrize("config", FORMS.values(), ids=FORMS)
+def test_cores_go_into_a_model_that_was_reloaded(config, tmp_path):
+    model = change(compressed(BERT, config))
+    jactus.save_pretrained(model, tmp_path / "model")
+    jactus.save_cores(model, tmp_path / "first")
+    jactus.save_cores(change(model, seed=2), tmp_path / "second")
+    again = BERT.auto.from_pretrained(tmp_path / "model").eval()
+    for file in ("second", "first", "second"):
+        for each in (model, again):
+            jactus.load_cores(each, tmp_path / file)
+        assert torch.equal(logits(again), logits(model))
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+@pytest.mark.parametrize("form", ["core", "folded"])
+@pytest.mark.parametrize("config", FORMS.values(), ids=FORMS)
+def test_a_compact_checkpoint_is_read_as_it_was_written_bit_for_bit(config, form, dtype, tmp_path):
+    model = change(compressed(BERT, config.replace(dtype=dtype)))
+    model = jactus.fold(model) if form == "folded" else model
+    jactus.save_pretrained(model, tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert written["format"] == 2
+    assert written["layers"].keys() == compressed_layers(model).keys()
+    assert all(kept["form"] == form and kept["pivoted"] for kept in written["layers"].values())
+    if form == "folded":
+        in_file = load_file(tmp_path / "model.safetensors")
+        for name, layer in compressed_layers(model).items():
+            m, n, r = layer.out_features, layer.in_features, layer.rank
+            assert sum(in_file[f"{name}.{key}"].numel() for key in ("left", "right")) == r * (m + n - r)
+            assert in_file[f"{name}.order"].shape == (2, min(m, n))
+    again = BERT.auto.from_pretrained(tmp_path).eval()
+    ours, theirs = model.state_dict(), again.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(t, theirs[name]) and t.dtype == theirs[name].dtype for name, t in ours.items())
+    assert indices(again).keys() == indices(model).keys() != set()
+    assert torch.equal(logits(again), logits(model))
 
 
 def test_cores_of_a_model_frozen_for_inference_are_saved_whole(tmp_path):

@@ -28,7 +28,6 @@ def test_every_field_of_a_group_has_a_flat_name_for_replace():
         "rank_floor": 4,
         "uniform_part": 0.25,
         "rank_multiple": 8,
-        "leave_dense": True,
         "core_width": 2.0,
         "core_dtype": "bfloat16",
         "coordinates": "orthonormal",
@@ -37,7 +36,7 @@ def test_every_field_of_a_group_has_a_flat_name_for_replace():
     }
     config = JactusConfig().replace(**flat)
     assert config.budget == Budget(0.8, "bytes", "folded", "targets", 3)
-    assert config.allocation == Allocation("global", 4, 0.25, 8, True)
+    assert config.allocation == Allocation("global", 4, 0.25, 8)
     assert config.core == Core(2.0, None, "bfloat16", "orthonormal", 3.0, 0.0)
     assert JactusConfig().replace(core_dtype=torch.float64).core.dtype == "float64"
 
@@ -49,6 +48,25 @@ def test_flat_options_of_0_1_0_are_read_and_those_of_a_run_passed_over(floor, ex
     assert (config.budget.fraction, config.budget.accounting) == (0.6, "folded")
     assert (config.allocation.rank_floor, config.allocation.uniform_part) == expected
     assert JactusConfig.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize("gone", ["leave_dense", "full_rank"])
+@pytest.mark.parametrize("value", [None, True, False])
+def test_options_that_are_no_more_are_refused_and_passed_over_in_old_files(gone, value):
+    for give in (lambda **changes: JactusConfig(**changes), SMALL.replace, planned("bert").with_config):
+        with pytest.raises(JactusError, match=f"there is no option {gone} any more.*exclude_modules"):
+            give(**{gone: value})
+    flat, grouped = {"budget": 0.6, gone: value}, SMALL.to_dict()
+    grouped["allocation"][gone] = value
+    assert JactusConfig.from_dict(flat) == JactusConfig(0.6)
+    assert JactusConfig.from_dict(grouped) == SMALL
+
+
+def test_every_accounting_but_the_papers_allows_wide_cores_and_the_compact_one_a_budget_of_time():
+    assert JactusConfig().budget.accounting == "compact"
+    for accounting in ("compact", "folded"):
+        assert JactusConfig(budget=Budget(accounting=accounting), core=Core(width=2)).core.width == 2
+    assert Budget(unit="latency").accounting == "compact"
 
 
 def test_an_unknown_setting_is_named():

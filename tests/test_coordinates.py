@@ -17,8 +17,10 @@ CONFIGS = {
     "square": {},
     "orthonormal": {"coordinates": "orthonormal"},
     "input metric": {"metric": "input"},
-    "wide": {"accounting": "folded", "core_width": 1.5},
-    "full rank": {"accounting": "folded", "full_rank": True},
+    "wide": {"core_width": 1.5},
+    "folded": {"accounting": "folded"},
+    "three factors": {"accounting": "three_factor"},
+    "full rank": {"budget": 1.0},
     "leading block": {"trainable_rank": 2},
 }
 
@@ -47,7 +49,8 @@ def test_the_reach_is_how_far_random_steps_move_the_layer(changes):
         p = layer.core if layer.block is None else layer.block
         signs = torch.randint(0, 2, (400, *p.shape), generator=generator).double() * 2 - 1
         k = layer.block.shape[0] if layer.block is not None else None
-        left, right = L_G.T @ layer.U.detach().double()[:, :k], L_A.T @ layer.V.detach().double()[:, :k]
+        U, V = layer.bases()
+        left, right = L_G.T @ U[:, :k], L_A.T @ V[:, :k]
         moved = (left @ signs @ right.T).square().sum((1, 2))
         whole = (L_G.T @ dense.get_submodule(name).weight.detach().double() @ L_A).square().sum()
         # the mean of 400 draws whose squares vary by less than their mean: a twentieth, three times over, and its root half of it
@@ -55,7 +58,7 @@ def test_the_reach_is_how_far_random_steps_move_the_layer(changes):
 
 
 def test_the_rate_moves_the_layers_by_the_same_part_whatever_the_budget_and_the_scale_of_the_weights(tmp_path):
-    for config in (changed(), changed(budget=0.4), changed(core_width=1.5, accounting="folded")):
+    for config in (changed(), changed(budget=0.4), changed(core_width=1.5)):
         small = compressed(BERT, config)
         logs = [math.log(jactus.learning_rate(small) * layer.reach) for layer in core_layers(small).values()]
         assert math.exp(sum(logs) / len(logs)) == pytest.approx(RELATIVE_STEP)

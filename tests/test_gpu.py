@@ -89,7 +89,7 @@ def test_sums_can_be_kept_on_the_cpu():
 def test_a_budget_of_time_is_measured_on_the_gpu():
     model = LLAMA.model().cuda()
     statistics = jactus.calibrate(model, LLAMA.batches(), EVERY, progress=False)
-    config = EVERY.replace(budget_unit="latency", accounting="folded", leave_dense=None, budget=1.0)
+    config = EVERY.replace(budget_unit="latency", budget=1.0)
     plan = jactus.plan(model, statistics, config, progress=False)
     assert plan.predicted_time > 0
 

@@ -1,4 +1,4 @@
-"""A budget of time: what layers were measured to take decides, and what does not pay stays dense."""
+"""A budget of time: what layers were measured to take decides, and what does not pay has its full rank, which folds to dense."""
 
 import copy
 import math
@@ -13,20 +13,20 @@ import torch
 import jactus
 from jactus import JactusError, Plan
 from jactus.model.targets import find_targets
-from jactus.planning.allocation import Offer, allocate
+from jactus.planning.allocation import Offer, admissible_ranks, allocate
 from jactus.planning.latency import Times, measured
 from tests.models import BERT, GPT2, SMALL
 
-TIMED = SMALL.replace(accounting="folded", budget_unit="latency", rank_multiple=1)
+TIMED = SMALL.replace(budget_unit="latency", rank_multiple=1)
 
 
 def invented(targets, config):
-    """Square layers take a nanosecond for each weight; the others are slower folded, at any rank."""
+    """Square layers take a nanosecond for each number; the others are slower folded, at any rank."""
 
     def times(t):
-        most = t.m * t.n // (t.m + t.n)
-        folded = (0.0, 1e-9 * most * (t.m + t.n)) if t.m == t.n else (2e-9 * t.m * t.n,) * 2
-        return Times(1e-9 * t.m * t.n, (0, most), folded)
+        ranks = tuple(range(1, min(t.m, t.n)))
+        folded = [1e-9 * r * (t.m + t.n - r) if t.m == t.n else 2e-9 * t.m * t.n for r in ranks]
+        return Times(1e-9 * t.m * t.n, ranks, tuple(folded))
 
     return {name: times(t) for name, t in targets.items()}
 
@@ -40,22 +40,30 @@ def timed(monkeypatch):
 
 
 @pytest.mark.parametrize("budget", [0.9, 0.8])
-def test_what_is_slower_at_every_rank_stays_dense_and_the_rest_pays_for_it(timed, budget):
+def test_what_is_slower_at_every_rank_has_its_full_one_and_the_rest_pays_for_it(timed, budget):
     plan = timed[1].at(budget)
     oblong = {name for name, layer in plan.layers.items() if layer.m != layer.n}
-    assert {name for name, rank in plan.ranks.items() if rank is None} == oblong
-    spent = {n: r * (layer.m + layer.n) for n, layer in plan.layers.items() if (r := plan.ranks[n]) is not None}
-    dense = sum(plan.layers[n].m * plan.layers[n].n for n in oblong)
-    expected = (sum(spent.values()) + dense) / plan.dense_parameters
+    for name, layer in plan.layers.items():
+        offered = layer.offer(plan.config)
+        # a rank below the full one is on offer where it is quicker, and nowhere else
+        assert offered.ranks.tolist() == ([16] if name in oblong else list(range(1, 17)))
+        assert offered.cost[-1] == offered.dense_cost == layer.seconds(None) == layer.seconds(16)
+        assert (np.diff(offered.cost) > 0).all()
+    assert all(plan.ranks[name] == 16 for name in oblong)
+    assert any(rank < 16 for rank in plan.ranks.values())
+    spent = sum(r * (layer.m + layer.n - r) for n, layer in plan.layers.items() if (r := plan.ranks[n]) < 16)
+    dense = sum(layer.m * layer.n for n, layer in plan.layers.items() if plan.ranks[n] == 16)
+    expected = (spent + dense) / plan.dense_parameters
     assert math.isclose(plan.predicted_time, expected, rel_tol=1e-6)
+    assert plan.folded_parameters == spent + dense
     assert budget - 0.1 < expected <= budget
 
 
-def test_a_time_that_the_dense_layers_alone_exceed_is_refused(timed):
+def test_a_time_that_the_layers_of_full_rank_alone_exceed_is_refused(timed):
     plan = timed[1]
     oblong = {name for name, layer in plan.layers.items() if layer.m != layer.n}
     part = sum(plan.layers[n].m * plan.layers[n].n for n in oblong) / plan.dense_parameters
-    with pytest.raises(JactusError, match=f"with {len(oblong)} of {len(plan.layers)} layers dense") as e:
+    with pytest.raises(JactusError, match=f"with {len(oblong)} of {len(plan.layers)} layers whole") as e:
         plan.at(0.3)
     least = float(re.search(r"the least of all costs ([\d.e-]+)", str(e.value))[1])
     assert part < least < part + 0.1
@@ -110,9 +118,12 @@ def test_each_shape_is_timed_once_dense_and_at_ranks_it_may_have(monkeypatch, fa
     for name, t in targets.items():
         times, bias = found[name], t.module.bias is not None
         assert times.dense == t.m * t.n + bias * t.m
-        assert times.folded == tuple(r * (t.m + t.n) + bias * t.m for r in times.ranks)
-        assert len(times.ranks) > 1
-        assert all(r * (t.m + t.n) < t.m * t.n for r in times.ranks)
+        assert times.folded == tuple(r * (t.m + t.n - r) + bias * t.m for r in times.ranks)
+        *lower, full = admissible_ranks(t.m, t.n, 1).tolist()
+        assert full not in times.ranks, "that one folds to a dense layer, whose time is known"
+        assert (times.ranks[0], times.ranks[-1]) == (lower[0], lower[-1])
+        assert len(times.ranks) == 5
+        assert set(times.ranks) <= set(lower)
     for layers, x in Clock.timed:
         assert x.shape[0] == 3
         assert x.dtype == torch.float32, "activations are of the weights' dtype, whatever the factors are stored in"
@@ -137,21 +148,24 @@ def test_a_layer_without_a_rank_that_is_smaller_has_only_its_dense_time(monkeypa
     monkeypatch.setattr("torch.utils.benchmark.Timer", Clock)
     config = TIMED.replace(rank_multiple=64)
     found = measured(find_targets(BERT.model(), TIMED), config)
-    assert all(times.ranks == () and times.dense > 0 for times in found.values())
-    assert next(iter(found.values())).at(np.array([], dtype=int)).shape == (0,)
+    for times in found.values():
+        assert times.ranks == ()
+        assert times.dense > 0
+        assert times.at(np.array([16])).tolist() == [times.dense]
+        assert times.at(np.array([], dtype=int)).shape == (0,)
 
 
-def test_uniform_ranks_use_what_dense_layers_leave():
-    """Two of four layers have nothing but dense to offer; the others' steps are a third of a layer."""
-    dense = [Offer(f"d{i}", np.array([48]), np.array([1.0]), np.array([1.0]), True, 1.0) for i in range(2)]
+def test_uniform_ranks_use_what_layers_of_full_rank_leave():
+    """Two of four layers have nothing but their full rank to offer; the others' steps are a third of a layer."""
+    whole = [Offer(f"d{i}", np.array([48]), np.array([1.0]), np.array([1.0]), 1.0) for i in range(2)]
     steps = [
-        Offer(f"s{i}", np.array([16, 32, 48]), np.array([0.2, 0.533, 0.867]), np.array([0.5, 0.8, 0.9]), False, 1.0)
+        Offer(f"s{i}", np.array([16, 32, 48]), np.array([0.2, 0.533, 1.0]), np.array([0.5, 0.8, 0.9]), 1.0)
         for i in range(2)
     ]
-    assert allocate([*dense, *steps], 3.6, 0.9, True, 0) == [0, 0, 1, 1]
+    assert allocate([*whole, *steps], 3.6, 0.9, True, 0) == [0, 0, 1, 1]
 
 
-@pytest.mark.parametrize("changes", [{"allocation": "uniform"}, {"leave_dense": True}, {"full_rank": True}])
+@pytest.mark.parametrize("changes", [{"allocation": "uniform"}, {"uniform_part": 0.0}])
 def test_a_time_is_kept_under_every_allocation(monkeypatch, changes):
     monkeypatch.setattr("jactus.planning.planner.measured", invented)
     model = BERT.model()

@@ -24,15 +24,28 @@ def planned(bert, **changes):
     return jactus.plan(model, statistics, SMALL.replace(**changes), progress=False)
 
 
+ACCOUNTINGS = ("compact", "folded", "three_factor")
+accountings = pytest.mark.parametrize("accounting", ACCOUNTINGS)
+
+
+def counted(m, n, rank, accounting):
+    """What a layer costs, written down from the definitions."""
+    if rank == min(m, n):
+        return m * n
+    return {"compact": rank * (m + n - rank), "folded": rank * (m + n), "three_factor": rank * (m + n + rank)}[
+        accounting
+    ]
+
+
 @pytest.mark.parametrize(
     "more",
     [
         {"accounting": "three_factor"},
         {"accounting": "folded"},
+        {"accounting": "compact"},
+        {"accounting": "compact", "core_width": 1.6},
+        {"accounting": "compact", "core_width": 9},
         {"accounting": "folded", "core_width": 1.6},
-        {"accounting": "folded", "core_width": 9},
-        {"accounting": "folded", "full_rank": True},
-        {"accounting": "folded", "full_rank": True, "core_width": 1.6},
     ],
 )
 @pytest.mark.parametrize("allocation", ["global", "uniform"])
@@ -43,16 +56,30 @@ def test_counts_are_those_of_the_compressed_model(bert, more, allocation, budget
     before = jactus.size(model).stored
     jactus.compress(model, plan)
     after = jactus.size(model)
-    spent = plan.stored_parameters if more["accounting"] == "three_factor" else plan.folded_parameters
+    sizes = {name: (layer.m, layer.n, plan.ranks[name]) for name, layer in plan.layers.items()}
+    spent = sum(counted(m, n, rank, more["accounting"]) for m, n, rank in sizes.values())
     assert spent <= budget * plan.dense_parameters
+    assert plan.folded_parameters == sum(counted(m, n, rank, "compact") for m, n, rank in sizes.values())
+    assert plan.folded_parameters <= spent
+    if more == {"accounting": "three_factor"}:  # all that trains and is folded later counts
+        stored = sum(rank * (m + n + rank) for m, n, rank in sizes.values())
+        assert plan.stored_parameters == stored
+    if allocation == "global":  # no layer has a next rank that would keep more and still fit
+        left = budget * plan.dense_parameters - spent
+        for name, layer in plan.layers.items():
+            offer = layer.offer(plan.config)
+            now = offer.ranks.tolist().index(plan.ranks[name])
+            fits = offer.cost - offer.cost[now] <= left
+            assert offer.gain[fits].max() == offer.gain[now]
     assert before - after.stored == plan.dense_parameters - plan.stored_parameters
     assert before - after.folded == plan.dense_parameters - plan.folded_parameters
     trained = sum(p.numel() for n, p in model.named_parameters() if n.endswith("core"))
     assert trained == plan.core_parameters
-    if plan.core_parameters:
-        assert jactus.size(jactus.fold(model.eval())).stored == after.folded
-    else:
-        assert budget == 1.0
+    full = {name for name, (m, n, rank) in sizes.items() if rank == min(m, n)}
+    if budget == 1:
+        assert full == set(sizes)
+    assert jactus.size(jactus.fold(model.eval())).stored == after.folded
+    assert set(compressed_layers(model)) == set(sizes) - full
 
 
 def test_the_predicted_loss_is_the_quadratic_form_it_stands_for(bert):
@@ -116,7 +143,7 @@ def test_plain_svd_needs_no_statistics():
 
 def test_a_wider_core_computes_what_a_square_one_does_or_better_and_folds_to_the_same_size(bert):
     """The directions that are added lie beyond the rank: only where they meet task directions do they preserve more."""
-    config = {"accounting": "folded", "rank_multiple": 1, "budget": 0.5}
+    config = {"rank_multiple": 1, "budget": 0.5}
     square = jactus.compress(copy.deepcopy(bert[0]), planned(bert, **config))
     wide = jactus.compress(copy.deepcopy(bert[0]), planned(bert, **config, core_width=2))
     statistics = bert[1]
@@ -136,16 +163,17 @@ def test_a_wider_core_computes_what_a_square_one_does_or_better_and_folds_to_the
     assert jactus.size(jactus.fold(wide.eval())).stored == jactus.size(jactus.fold(square.eval())).stored
 
 
-def test_full_rank_is_dense_in_other_coordinates(bert):
+@accountings
+def test_full_rank_is_dense_in_other_coordinates(bert, accounting):
     """At a budget of 1 nothing is lost, nothing is frozen, and folding gives the dense layers back."""
     model = bert[0]
-    plan = planned(bert, accounting="folded", full_rank=True, budget=1.0)
+    plan = planned(bert, accounting=accounting, budget=1.0)
     assert plan.predicted_loss == 0
     full = jactus.compress(copy.deepcopy(model), plan)
     layers = compressed_layers(full)
     assert set(layers) == set(plan.layers)
     for name, layer in layers.items():
-        W = model.get_submodule(name).weight
+        W = model.get_submodule(name).weight.detach()
         assert layer.rank == min(W.shape)
         # float32 storage of three factors whose bases are whitened: conditions of 1/√coordinate_damping and so of about 1
         torch.testing.assert_close(layer.dense_weight(), W, rtol=0, atol=1e-5 * float(W.abs().max()))
@@ -155,102 +183,127 @@ def test_full_rank_is_dense_in_other_coordinates(bert):
     assert jactus.size(full).stored == jactus.size(model).stored
 
 
-def test_at_full_rank_an_oblong_layer_learns_along_as_many_task_directions_as_elsewhere(bert):
-    config = {"accounting": "folded", "full_rank": True, "budget": 1.0, "union_share": 0.25}
-    plan = planned(bert, **config)
+@pytest.mark.parametrize("width", [1.0, 1.5, 9])
+def test_at_full_rank_a_core_is_square_and_has_every_direction_of_the_shorter_side(bert, width):
+    plan = planned(bert, core_width=width, budget=1.0)
     model = jactus.compress(copy.deepcopy(bert[0]), plan)
-    oblong = {name: layer for name, layer in plan.layers.items() if layer.m != layer.n}
-    assert oblong
     for name, layer in compressed_layers(model).items():
-        rank = min(layer.in_features, layer.out_features)
-        assert (rank < layer.width <= 1.25 * rank and layer.width % 2 == 0) if name in oblong else layer.width == rank
-        assert max(layer.U.shape[1], layer.V.shape[1]) == layer.width
-        assert (layer.U.shape[1] > layer.V.shape[1]) == (layer.out_features > layer.in_features)
-    coarse = planned(bert, **config, rank_multiple=8).layers  # of four directions no eight
-    assert all(layer.width(16, plan.config.replace(rank_multiple=8)) == 16 for layer in coarse.values())
-    narrow = plan.with_config(union_share=0.0)
-    assert all(layer.width(16, narrow.config) == 16 for layer in narrow.layers.values())
+        m, n = layer.out_features, layer.in_features
+        rank = min(m, n)
+        assert plan.layers[name].weight_rank(rank, plan.config) == rank, "task directions take no place there"
+        assert (layer.U.shape, layer.core.shape, layer.V.shape) == ((m, rank), (rank, rank), (n, rank))
+        assert ((layer.rows is None), (layer.columns is None)) == (m == rank, n == rank)
 
 
-def test_full_rank_is_had_where_a_layer_would_have_stayed_dense(bert):
-    frozen = planned(bert, accounting="folded", leave_dense=True, budget=0.8)
-    full = planned(bert, accounting="folded", full_rank=True, budget=0.8)
-    whole = {name for name, rank in frozen.ranks.items() if rank is None}
-    assert 0 < len(whole) < len(frozen.ranks)
-    assert {name for name, layer in full.layers.items() if full.ranks[name] == min(layer.m, layer.n)} == whole
-    assert all(full.ranks[name] == frozen.ranks[name] for name in set(frozen.ranks) - whole)
-    assert full.predicted_loss == pytest.approx(frozen.predicted_loss)
-    assert full.folded_parameters == frozen.folded_parameters <= 0.8 * full.dense_parameters
-    assert full.core_parameters > frozen.core_parameters
+@accountings
+def test_at_every_budget_some_layers_may_have_their_full_rank_and_others_pay_for_it(bert, accounting):
+    plan = planned(bert, accounting=accounting, budget=0.8)
+    full = {name for name, layer in plan.layers.items() if layer.is_full(plan.ranks[name])}
+    assert 0 < len(full) < len(plan.ranks)
+    assert plan.folded_parameters <= 0.8 * plan.dense_parameters
+    for name in full:  # nothing of it is lost, and it costs as much as dense
+        layer = plan.layers[name]
+        assert layer.energies[layer.weight_rank(16, plan.config) :].numel() == 0
+        assert layer.folded_parameters(16) == layer.m * layer.n
 
 
-def test_a_plan_whose_configuration_was_changed_leaves_the_model_untouched(bert):
-    plan = planned(bert, accounting="folded", rank_multiple=1, budget=0.8)
-    model = copy.deepcopy(bert[0])
-    with pytest.raises(JactusError, match="directions a side"):
-        jactus.compress(model, plan.with_config(core_width=1.5, budget=0.6))
-    assert not compressed_layers(model)
-    with pytest.raises(JactusError, match="full_rank=True needs 16; plan again"):
-        plan.with_config(full_rank=True)
+@pytest.mark.parametrize("budget", [0.35, 0.5, 0.65, 0.8, 0.95])
+def test_the_least_is_lost_under_the_compact_accounting(bert, budget):
+    # floors are of more where more is had evenly, and what the task's share of a lower rank costs makes large steps to the full one
+    common = {"rank_multiple": 1, "budget": budget, "uniform_part": 0.0, "union": ("weight",)}
+    compact, folded, three_factor = (planned(bert, accounting=a, **common).predicted_loss for a in ACCOUNTINGS)
+    assert compact <= folded
+    assert compact < three_factor
+
+
+@accountings
+@pytest.mark.parametrize("multiple", [1, 2, 4])
+def test_what_is_spent_is_within_a_step_of_the_budget(bert, accounting, multiple):
+    plan = planned(bert, accounting=accounting, rank_multiple=multiple, union=("weight",))
+    for budget in (0.55, 0.6, 0.7, 0.8, 0.9):
+        at = plan.at(budget)
+        left, following = budget * at.dense_parameters, []
+        for name, layer in at.layers.items():
+            offer = layer.offer(at.config)
+            now = offer.ranks.tolist().index(at.ranks[name])
+            left -= offer.cost[now]
+            following += (offer.cost[now + 1 : now + 2] - offer.cost[now]).tolist()
+        assert 0 <= left < min(following)
 
 
 @pytest.mark.parametrize(("rank", "factor", "expected"), [(16, 1.3, 32), (32, 2, 64), (32, 3.1, 100), (48, 1e308, 100)])
 def test_widths_are_multiples_too_and_not_more_than_the_shorter_side(rank, factor, expected):
-    config = JactusConfig().replace(accounting="folded", core_width=factor)
+    config = JactusConfig().replace(core_width=factor)
     assert core_width(rank, 100, 400, config) == core_width(rank, 400, 100, config) == expected
     assert core_width(rank, 100, 400, JactusConfig()) == rank
 
 
-def test_budgets_of_bytes_and_flops():
+def deployed_bytes(model, plan):
+    """Of the targeted weights, folded; biases are not counted."""
+    names = {f"{name}.{key}" for name in plan.layers for key in ("weight", "left", "right")}
+    folded = jactus.fold(copy.deepcopy(model))
+    return sum(p.numel() * p.element_size() for n, p in folded.named_parameters() if n in names)
+
+
+@accountings
+def test_a_budget_of_bytes(accounting):
     model = T5.model().to(torch.bfloat16)
     statistics = jactus.calibrate(model, T5.batches(), SMALL, progress=False)
-    by_bytes = jactus.plan(model, statistics, SMALL.replace(budget=0.6, budget_unit="bytes"), progress=False)
-    dense = sum(p.numel() * 2 for n, p in model.named_parameters() if n.removesuffix(".weight") in by_bytes.layers)
-    small = jactus.compress(copy.deepcopy(model), by_bytes)
-    spent = sum(
-        p.numel() * p.element_size()
-        for n, p in small.named_parameters()
-        if any(n.startswith(f"{layer}.") for layer in by_bytes.layers)
-    )
-    assert spent <= 0.6 * dense
-    by_flops = jactus.plan(model, statistics, SMALL.replace(budget=0.6, budget_unit="flops"), progress=False)
-    tokens = {name: layer.tokens for name, layer in by_flops.layers.items()}
+    config = SMALL.replace(budget=0.6, budget_unit="bytes", accounting=accounting)
+    plan = jactus.plan(model, statistics, config, progress=False)
+    small = jactus.compress(copy.deepcopy(model), plan)
+    spent = 0
+    for layer in compressed_layers(small).values():
+        m, n, rank = layer.out_features, layer.in_features, layer.rank
+        # of three factors the core is stored in float32
+        core = 2 * rank**2 if accounting == "three_factor" and rank < min(m, n) else 0
+        spent += 2 * counted(m, n, rank, accounting) + core
+    assert 0.97 * 0.6 < spent / (2 * plan.dense_parameters) <= 0.6
+    assert deployed_bytes(small, plan) == 2 * plan.folded_parameters <= spent
+
+
+@accountings
+def test_a_budget_of_flops(accounting):
+    model = T5.model()
+    statistics = jactus.calibrate(model, T5.batches(), SMALL, progress=False)
+    config = SMALL.replace(budget=0.6, budget_unit="flops", accounting=accounting)
+    plan = jactus.plan(model, statistics, config, progress=False)
+    tokens = {name: layer.tokens for name, layer in plan.layers.items()}
     assert len(set(tokens.values())) > 1, "encoder and decoder see different numbers of tokens"
-    full = sum(layer.m * layer.n * layer.tokens for layer in by_flops.layers.values())
-    cost = 0
-    for name, layer in by_flops.layers.items():
-        rank = by_flops.ranks[name]
-        each = layer.m * layer.n if rank is None else rank * (layer.m + layer.n + rank)
-        cost += each * layer.tokens
-    assert cost <= 0.6 * full
+    full = sum(layer.m * layer.n * layer.tokens for layer in plan.layers.values())
+    cost = sum(counted(x.m, x.n, plan.ranks[name], accounting) * x.tokens for name, x in plan.layers.items())
+    assert 0.97 * 0.6 < cost / full <= 0.6
 
 
 @pytest.mark.parametrize("budget", [0.4, 0.6, 0.8])
-def test_a_byte_budget_is_of_the_bytes_there_are_and_counts_dense_layers_in_their_own_dtype(bert, budget):
-    model = bert[0]
-    plan = planned(bert, budget=budget, budget_unit="bytes", dtype="bfloat16", leave_dense=True)
-    small = jactus.compress(copy.deepcopy(model), plan)
-    assert None in plan.ranks.values()
-    spent = sum(
-        p.numel() * p.element_size()
-        for n, p in small.named_parameters()
-        if any(n.startswith(f"{layer}.") and not n.endswith("bias") for layer in plan.layers)
-    )
+def test_a_byte_budget_is_of_the_bytes_there_are_and_counts_full_ranks_in_their_own_dtype(bert, budget):
+    """What is dense again has the dtype it had."""
+    plan = planned(bert, budget=budget, budget_unit="bytes", dtype="bfloat16")
+    small = jactus.compress(copy.deepcopy(bert[0]), plan)
+    full = [name for name, layer in plan.layers.items() if layer.is_full(plan.ranks[name])]
+    assert full
+    spent = deployed_bytes(small, plan)
+    whole = sum(plan.layers[name].m * plan.layers[name].n for name in full)
+    assert spent == 4 * whole + 2 * (plan.folded_parameters - whole)
     assert 0.95 * budget < spent / (4 * plan.dense_parameters) <= budget
 
 
-def test_no_rank_takes_more_bytes_than_the_layer_it_replaces():
-    """Cores are of float32 in a bfloat16 model: at the highest rank that saves parameters they cost more than they save."""
+@accountings
+def test_no_rank_takes_more_bytes_than_the_layer_it_replaces(accounting):
+    """Cores are of float32 in a bfloat16 model: where they count, the highest rank that saves parameters costs more than it saves."""
     model = BERT.model().to(torch.bfloat16)
     statistics = jactus.calibrate(model, BERT.batches(), SMALL, progress=False)
-    plan = jactus.plan(
-        model, statistics, SMALL.replace(budget=0.98, budget_unit="bytes", leave_dense=False), progress=False
-    )
+    config = SMALL.replace(budget=0.98, budget_unit="bytes", rank_multiple=1, accounting=accounting)
+    plan = jactus.plan(model, statistics, config, progress=False)
     small = jactus.compress(copy.deepcopy(model), plan)
-    layers = compressed_layers(small)
-    assert layers
-    for name, layer in layers.items():
-        spent = sum(p.numel() * p.element_size() for p in (layer.U, layer.core, layer.V))
+    folded = jactus.fold(copy.deepcopy(small))
+    lower = {name: layer for name, layer in compressed_layers(small).items() if layer.rank < 16}
+    assert lower
+    for name, layer in lower.items():
+        factors = (layer.U, layer.core, layer.V)
+        if accounting != "three_factor":
+            factors = (folded.get_submodule(name).left, folded.get_submodule(name).right)
+        spent = sum(p.numel() * p.element_size() for p in factors)
         assert spent < 2 * model.get_submodule(name).weight.numel()
 
 
@@ -258,13 +311,14 @@ def test_a_budget_of_the_whole_model(bert):
     model = copy.deepcopy(bert[0])
     total = jactus.size(model).stored
     jactus.compress(model, planned(bert, scope="model", budget=0.8))
-    assert 0.7 * total < jactus.size(model).stored <= 0.8 * total
+    assert 0.78 * total < jactus.size(model).folded <= 0.8 * total
+    assert jactus.size(jactus.fold(model)).stored <= 0.8 * total
     with pytest.raises(JactusError, match="embeddings"):
         planned(bert, scope="model", budget=0.1)
 
 
 def test_trainable_rank_trains_the_leading_block(bert):
-    config = {"budget": 0.7, "leave_dense": False, "rank_multiple": 4}
+    config = {"budget": 0.7, "rank_multiple": 4}
     plan = planned(bert, trainable_rank=2, **config)
     whole = jactus.compress(copy.deepcopy(bert[0]), planned(bert, **config))
     model = jactus.compress(copy.deepcopy(bert[0]), plan)
@@ -287,6 +341,16 @@ def test_trainable_rank_trains_the_leading_block(bert):
     assert torch.allclose(jactus.fold(model)(**batch).logits, before, atol=1e-5)
 
 
+def test_a_plan_takes_a_width_that_it_was_not_made_for(bert):
+    """Every direction is kept, so that any core can be had of it."""
+    plan = planned(bert, rank_multiple=1, budget=0.8).with_config(core_width=1.5, budget=0.6)
+    made = planned(bert, rank_multiple=1, budget=0.6, core_width=1.5)
+    assert (plan.ranks, plan.config) == (made.ranks, made.config)
+    ours, theirs = (jactus.compress(copy.deepcopy(bert[0]), p) for p in (plan, made))
+    for (name, p), q in zip(ours.named_parameters(), theirs.parameters()):
+        assert torch.equal(p, q), name
+
+
 def test_a_model_too_small_for_the_rank_multiple_is_refused_not_left_as_it_is(bert):
     with pytest.raises(JactusError, match="rank_multiple"):
         planned(bert, rank_multiple=16)
@@ -301,7 +365,7 @@ def test_the_defaults_are_what_the_help_says():
 @pytest.mark.parametrize(("family", "share"), [(LLAMA, 0.0), (T5, 0.0), (BERT, 0.1), (VIT, 0.1)])
 def test_unless_told_otherwise_the_task_has_a_share_of_the_rank_but_in_language_models(family, share, tmp_path):
     model = family.model()
-    config = JactusConfig().replace(rank_multiple=2, leave_dense=False)
+    config = JactusConfig().replace(rank_multiple=2)
     statistics = jactus.calibrate(model, family.batches(), config, progress=False)
     summed = {layer.gradient_sum is not None for layer in statistics.layers.values()}
     assert summed == {share > 0}  # and what has no share need not be summed
@@ -314,7 +378,7 @@ def test_unless_told_otherwise_the_task_has_a_share_of_the_rank_but_in_language_
 
 
 def test_a_share_asked_for_in_a_language_model_is_given_and_needs_the_gradients():
-    model, config = LLAMA.model(), JactusConfig().replace(rank_multiple=2, leave_dense=False, union_share=0.3)
+    model, config = LLAMA.model(), JactusConfig().replace(rank_multiple=2, union_share=0.3)
     statistics = jactus.calibrate(model, LLAMA.batches(), config, progress=False)
     plan = jactus.plan(model, statistics, config, progress=False)
     assert any(layer.weight_rank(plan.ranks[name], config) < plan.ranks[name] for name, layer in plan.layers.items())
@@ -323,25 +387,35 @@ def test_a_share_asked_for_in_a_language_model_is_given_and_needs_the_gradients(
         jactus.plan(model, without, config, progress=False)
 
 
-@pytest.mark.parametrize(("family", "dense"), [(LLAMA, True), (T5, True), (BERT, False), (VIT, False)])
-def test_unless_told_otherwise_layers_stay_dense_in_language_models_only(family, dense, tmp_path):
+@pytest.mark.parametrize("family", [LLAMA, T5, BERT, VIT], ids=lambda f: f.name)
+def test_every_layer_has_a_core_whatever_the_model_and_the_budget(family, tmp_path):
     model = family.model()
     config = JactusConfig().replace(rank_multiple=2)
-    statistics = jactus.calibrate(model, family.batches(), config, progress=False)
-    plan = jactus.plan(model, statistics, config, progress=False)
-    assert plan.ranks == plan.with_config(leave_dense=dense).ranks
-    told = plan.with_config(leave_dense=not dense)
-    assert (told.config.allocation.leave_dense, None in told.ranks.values()) == (not dense, not dense)
-    plan.save(tmp_path / "plan")
-    assert Plan.load(tmp_path / "plan").ranks == plan.ranks
-    config = config.replace(accounting="folded", budget=0.9)
-    full = jactus.plan(model, statistics, config.replace(full_rank=True), progress=False)
-    assert None not in full.ranks.values()
-    # whatever a plan was made for, a changed one is that of the changed configuration
-    again = full.with_config(full_rank=False)
-    assert again.ranks == jactus.plan(model, statistics, config, progress=False).ranks
-    assert (None in again.ranks.values()) == dense
-    assert again.with_config(full_rank=True).ranks == full.ranks
+    plan = jactus.plan(model, jactus.calibrate(model, family.batches(), config, progress=False), progress=False)
+    for budget in (0.4, 0.8, 1.0):
+        at = plan.at(budget)
+        assert None not in at.ranks.values()
+        at.save(tmp_path / "plan")
+        assert Plan.load(tmp_path / "plan").ranks == at.ranks
+    assert all(layer.is_full(at.ranks[name]) for name, layer in at.layers.items())
+    assert set(compressed_layers(jactus.compress(model, at))) == set(plan.layers)
+
+
+@pytest.mark.parametrize("budget", [0.9, 1.0])
+def test_a_layer_whose_shorter_side_is_shorter_than_the_multiple_stays_as_it_is(budget):
+    model = LLAMA.model()
+    config = SMALL.replace(rank_multiple=9, budget=budget)
+    plan = jactus.plan(model, jactus.calibrate(model, LLAMA.batches(), config, progress=False), config, progress=False)
+    short = {name for name in plan.layers if name.endswith(("k_proj", "v_proj"))}  # 8×16
+    assert {name for name, rank in plan.ranks.items() if rank is None} == short
+    assert all(plan.layers[name].directions.kept == (0 if name in short else 16) for name in plan.layers)
+    assert {plan.ranks[name] for name in plan.layers.keys() - short} == ({9, 16} if budget < 1 else {16})
+    assert plan.folded_parameters <= budget * plan.dense_parameters  # they count as they are
+    before = dict(model.named_modules())
+    jactus.compress(model, plan)
+    assert set(compressed_layers(model)) == plan.layers.keys() - short
+    assert all(model.get_submodule(name) is before[name] for name in short)
+    assert not any(before[name].weight.requires_grad for name in short)
 
 
 def test_layers_the_gradient_reaches_more_strongly_move_faster(bert):
@@ -353,8 +427,10 @@ def test_layers_the_gradient_reaches_more_strongly_move_faster(bert):
         A, G = statistics.input_covariance(name), statistics.output_covariance(name)
         sizes.append(float((A.diagonal().mean() * G.diagonal().mean()).sqrt()))
         a, b = scaled.get_submodule(name), alike.get_submodule(name)
-        factors.append(float(a.U.norm() / b.U.norm()))
-        torch.testing.assert_close(a.U @ a.core, b.U @ b.core, rtol=1e-4, atol=1e-6)  # float32 storage of both
+        ours, theirs = a.bases()[0], b.bases()[0]
+        factors.append(float(ours.norm() / theirs.norm()))
+        # float32 storage of both
+        torch.testing.assert_close(ours @ a.core.double(), theirs @ b.core.double(), rtol=1e-4, atol=1e-6)
     sizes, factors = torch.tensor(sizes), torch.tensor(factors)
     torch.testing.assert_close(factors, (sizes / sizes.log().mean().exp()).sqrt(), rtol=1e-5, atol=0)
     assert factors.max() > 1.2 * factors.min()

@@ -224,9 +224,7 @@ def test_fused_experts_are_refused_by_name_and_the_rest_can_be_compressed(family
         names(model)
     with pytest.raises(JactusError, match=r"mlp\.experts .*three-dimensional weight.*exclude_modules"):
         names(model, target_modules=["experts"])
-    config = SMALL.replace(
-        exclude_modules=("experts", "shared_expert_gate")[: 1 + (family is QWEN_MOE)], leave_dense=False, budget=0.7
-    )
+    config = SMALL.replace(exclude_modules=("experts", "shared_expert_gate")[: 1 + (family is QWEN_MOE)], budget=0.7)
     before = {k: v.clone() for k, v in model.state_dict().items() if "experts" in k}
     jactus.adapt(model, family.batches(), config=config, progress=False)
     assert {name.rsplit(".", 1)[-1] for name in compressed_layers(model)} >= {"q_proj", "k_proj", "v_proj", "o_proj"}

@@ -39,16 +39,18 @@ def test_what_is_found_is_in_the_log(caplog):
     assert "every target is used by its forward alone" in caplog.text
 
 
-def test_a_plain_models_head_that_stays_dense_trains_and_is_named(caplog):
+@pytest.mark.parametrize("multiple", [2, 4])
+def test_a_plain_models_head_trains_by_its_core_or_as_it_is_and_is_named(multiple, caplog):
     model, batch = plain(classes=3), sequences()
     batch[1].clamp_(max=2)
-    config = SMALL.replace(rank_multiple=2, budget=0.8)
+    config = SMALL.replace(rank_multiple=multiple, budget=0.9)
     statistics = calibrated(model, [batch], config, loss=unreduced)
     assert "last (Linear 3×8) computes what the model returns" in caplog.text
     plan = jactus.plan(model, statistics, config, progress=False)
-    assert plan.ranks["last"] is None
+    assert (plan.ranks["last"] is None) == (multiple > 3), "of three classes there are no four directions"
     jactus.compress(model, plan)
-    assert {"last.weight", "last.bias"} <= {n for n, p in model.named_parameters() if p.requires_grad}
+    trained = {n for n, p in model.named_parameters() if p.requires_grad and n.startswith("last.")}
+    assert trained == ({"last.weight", "last.bias"} if multiple > 3 else {"last.core", "last.bias"})
 
 
 def test_a_named_head_of_a_plain_model_is_fitted():

@@ -2,9 +2,11 @@
 
 Four replace each targeted W (m, n) by two linear layers of uniform rank r = ⌊b·mn/(m+n)⌋, and differ in the norm ‖S (W − LR) T‖
 in which LR is the best: `svd` (S = T = I), `fwsvd` (S from the gradients), `asvd` and `svd_llm` (T from the activations).
-`cersa` keeps three factors of which the core trains. b is the deployed size of the targeted weights, Σ r(m+n) ≤ b·Σ mn.
+`cersa` keeps three factors of which the core trains. b is the deployed size of the targeted weights as published, Σ r(m+n) ≤ b·Σ mn.
+`svd-llm-compact` has the ranks that its pair bears without its pivots, Σ r(m+n−r) ≤ b·Σ mn, as JACTUS deploys.
 """
 
+import math
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import replace
@@ -87,13 +89,16 @@ def cholesky(A: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def compress(model: nn.Module, statistics: Statistics | None, budget: float, factorise: Factorise = svd) -> nn.Module:
+def compress(
+    model: nn.Module, statistics: Statistics | None, budget: float, factorise: Factorise = svd, compact: bool = False
+) -> nn.Module:
     """Replace every target by nn.Sequential(Linear(n, r), Linear(r, m, bias)), in place; returns the model.
 
     Args:
         model: its targets, those of `jactus.JactusConfig()`, must be nn.Linear.
         statistics: from `jactus.calibrate` on this very model; None is enough for `svd`.
         budget: r(m+n) ≤ budget·mn in every layer; r is at least 1 and at most min(m, n).
+        compact: r(m+n−r) ≤ budget·mn, which is what the pair then counts.
         factorise: one of the functions above; it is given W in float64.
 
     Raises JactusError for a target that is not nn.Linear, and for statistics that are missing or of another model.
@@ -102,9 +107,9 @@ def compress(model: nn.Module, statistics: Statistics | None, budget: float, fac
     for target in targets.values():
         _check(target, statistics)
     for name, target in targets.items():
-        rank = uniform_rank(target.m, target.n, budget)
+        rank = uniform_rank(target.m, target.n, budget, compact)
         left, right = factorise(target.weight.double(), rank, statistics, name)
-        replace_module(model, name, _pair(target.module, left, right))
+        replace_module(model, name, _pair(target.module, left, right, CompactPair if compact else nn.Sequential))
     return model
 
 
@@ -113,9 +118,16 @@ def pair_names(model: nn.Module) -> list[str]:
     return [f"{name}.{i}" for name in find_targets(model, JactusConfig()) for i in (0, 1)]
 
 
-def uniform_rank(m: int, n: int, budget: float) -> int:
-    """The largest r with r(m+n) ≤ budget·mn, at least 1, at most min(m, n)."""
-    return min(max(1, int(budget * m * n / (m + n))), m, n)
+def uniform_rank(m: int, n: int, budget: float, compact: bool = False) -> int:
+    """The largest r with r(m+n) ≤ budget·mn, or r(m+n−r) where `compact`; at least 1, at most min(m, n)."""
+    most = budget * m * n / (m + n)
+    if compact:
+        most = ((m + n) - math.sqrt((m + n) ** 2 - 4 * min(budget, 1) * m * n)) / 2
+    return min(max(1, int(most + 1e-9)), m, n)
+
+
+class CompactPair(nn.Sequential):
+    """A pair of linear layers of rank r that is deployed without its pivots, in r² numbers less."""
 
 
 def cersa(model: nn.Module, statistics: Statistics | None, budget: float) -> nn.Module:
@@ -156,14 +168,15 @@ COMPRESSORS: dict[str, Callable[[nn.Module, Statistics | None, float], nn.Module
     "fwsvd": partial(compress, factorise=fwsvd),
     "asvd": partial(compress, factorise=asvd),
     "svd-llm": partial(compress, factorise=svd_llm),
+    "svd-llm-compact": partial(compress, factorise=svd_llm, compact=True),
 }
 
 
-def _pair(old: nn.Module, left: Tensor, right: Tensor) -> nn.Sequential:
+def _pair(old: nn.Module, left: Tensor, right: Tensor, kind: type[nn.Sequential]) -> nn.Sequential:
     """x ↦ left (right x) + b, in the dtype, device and mode of the old layer, whose bias it takes."""
     (m, r), n = left.shape, right.shape[1]
     with torch.device("meta"):
-        pair = nn.Sequential(nn.Linear(n, r, bias=False), nn.Linear(r, m, bias=False))
+        pair = kind(nn.Linear(n, r, bias=False), nn.Linear(r, m, bias=False))
     for new, value in zip(pair, (right, left)):
         new.weight = nn.Parameter(value.to(old.weight.dtype).contiguous())
     pair[1].bias = old.bias

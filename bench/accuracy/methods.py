@@ -16,7 +16,7 @@ from .compressors import COMPRESSORS
 from .peers import METHODS, Context
 
 # Budgets are of the *deployed* size, r(m+n) a layer, so that a percentage means the same for every method.
-CONFIG = jactus.JactusConfig().replace(accounting="folded")
+CONFIG = jactus.JactusConfig()
 
 # Each method's grid for text classification, of equal size, around what its literature advises.
 RATES = {

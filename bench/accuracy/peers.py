@@ -194,12 +194,14 @@ def sizes(model: nn.Module) -> Size:
     """Parameters of the whole model as any of the methods, or JACTUS, made it.
 
     stored: all that is there while it trains, eigentune's bases (buffers) and PEFT's frozen copy of the head included.
-    folded: what is deployed, adapters merged into what they adapt: a dense layer stays dense and a pair a pair.
+    folded: what is deployed, adapters merged into what they adapt: a dense layer stays dense and a pair a pair, which leaves its
+    pivots out where its ranks are chosen so.
     optimizer_bytes: of AdamW, 8 for each trainable float32.
     """
     bases = [b for m in model.modules() if isinstance(m, EigenTuneLinear) for b in (m.U, m.Vh, m.S)]
     cores = {id(m.trainable()) for m in model.modules() if isinstance(m, EigenTuneLinear)}
     gone = sum(p.numel() for name, p in model.named_parameters() if _merges(name) or id(p) in cores)
+    gone += sum(m[0].out_features ** 2 for m in model.modules() if isinstance(m, compressors.CompactPair))
     size = jactus.size(model)
     return replace(
         size,

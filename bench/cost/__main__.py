@@ -14,7 +14,7 @@ from typing import Any
 
 from .. import rows, runner
 from ..report import show
-from . import calibration, figures, files, growth, inference, planning, steps, subjects
+from . import calibration, figures, files, growth, inference, layers, planning, steps, subjects
 from .store import Growth, Memory, Row, Setting
 
 RESULTS = Path("bench/results")
@@ -43,6 +43,7 @@ def parts(device: str = "cpu", models: Sequence[str] = subjects.MODELS) -> dict[
     if device != "cpu":
         return placed
     return placed | {
+        "layers": layers.layers,
         "updates": calibration.updates,
         "looks": calibration.looks,
         "planning": planning.planning,

@@ -32,8 +32,7 @@ def layers(model: nn.Module, dtype: str) -> float:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(64, layer.in_features, generator=generator).to(device)
     g = torch.randn(64, layer.out_features, generator=generator).to(device)
-    U, C, V = (t.detach().double() for t in (layer.U, layer.core, layer.V))
-    C.requires_grad_()
+    (U, V), C = layer.bases(), layer.core.detach().double().requires_grad_()
     right = (x.double() @ V @ C.T @ U.T) + (0 if layer.bias is None else layer.bias.double())
     (right_gradient,) = torch.autograd.grad(right, C, g.double())
     with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):

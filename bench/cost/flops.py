@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from jactus import CoreLinear, FoldedLinear, JactusError
+from jactus import CoreLinear, FoldedLinear
 
 Batch = dict[str, Tensor]
 KINDS = (nn.Linear, Conv1D, CoreLinear, FoldedLinear)
@@ -17,14 +17,14 @@ KINDS = (nn.Linear, Conv1D, CoreLinear, FoldedLinear)
 @torch.no_grad()
 def forward(model: nn.Module, batch: Batch) -> float:
     """Multiply-adds of a forward pass."""
-    return sum(tokens * _forward(layer) for layer, tokens, _ in _calls(model, batch))
+    return sum(_forward(layer, tokens) for layer, tokens, _ in _calls(model, batch))
 
 
 @torch.enable_grad()
 def training(model: nn.Module, batch: Batch) -> float:
     """Multiply-adds of a forward and a backward pass: gradients of the inputs and weights that need one."""
     found = _calls(model, batch)
-    return sum(tokens * (_forward(layer) + _backward(layer, inside)) for layer, tokens, inside in found)
+    return sum(_forward(layer, tokens) + _backward(layer, tokens, inside) for layer, tokens, inside in found)
 
 
 def _calls(model: nn.Module, batch: Batch) -> list[tuple[nn.Module, int, bool]]:
@@ -44,17 +44,30 @@ def _calls(model: nn.Module, batch: Batch) -> list[tuple[nn.Module, int, bool]]:
     return seen
 
 
-def _forward(layer: nn.Module) -> int:
-    if isinstance(layer, CoreLinear | FoldedLinear):
-        two = layer.rank * (layer.in_features + layer.out_features)
-        if isinstance(layer, CoreLinear) and layer.width > layer.rank:
-            raise JactusError(f"{layer}: work is counted for square cores only")
-        return two + (layer.rank**2 if isinstance(layer, CoreLinear) else 0)
-    return layer.weight.numel()  # type: ignore[union-attr, return-value]
+def _forward(layer: nn.Module, tokens: int) -> int:
+    if isinstance(layer, FoldedLinear):
+        return tokens * (layer.left.numel() + layer.right.numel())
+    if isinstance(layer, CoreLinear):
+        left, core, right = _parts(layer)
+        return tokens * (left + core + right) + _around_the_core(layer, tokens)
+    return tokens * layer.weight.numel()  # type: ignore[union-attr, operator]
 
 
-def _backward(layer: nn.Module, inside: bool) -> int:
+def _backward(layer: nn.Module, tokens: int, inside: bool) -> int:
     if isinstance(layer, CoreLinear):  # q = gU and qᵀh; then qC and (qC)Vᵀ
-        square = layer.rank**2
-        return layer.rank * layer.out_features + square + inside * (square + layer.rank * layer.in_features)
-    return _forward(layer) * (inside + layer.weight.requires_grad)  # type: ignore[union-attr]
+        left, core, right = _parts(layer)
+        return tokens * (left + core + inside * (core + right)) + _around_the_core(layer, tokens, inside)
+    return _forward(layer, tokens) * (inside + layer.weight.requires_grad)  # type: ignore[union-attr]
+
+
+def _parts(layer: CoreLinear) -> tuple[int, int, int]:
+    """Multiply-adds a token of the bases, which leave their pivots out, and of the core."""
+    p, q = layer.core.shape
+    return layer.U[p:].numel(), layer.core.numel(), layer.V[q:].numel()
+
+
+def _around_the_core(layer: CoreLinear, tokens: int, inside: bool = True) -> int:
+    """T C Tᵀ, once a call, or T times few tokens; the gradient takes as many, but of few tokens whose inputs need none."""
+    p, q = layer.core.shape
+    few = tokens * (p * p + q * q) < p * q * (p + q)
+    return tokens * (p * p + inside * q * q) if few else p * q * (p + q)

@@ -48,20 +48,20 @@ def ready(name: str, method: str, budget: float = 1.0) -> nn.Module:
 
 
 @functools.cache
-def planned(name: str, accounting: str = "three_factor") -> Plan:
+def planned(name: str) -> Plan:
     """With the package's defaults: of calibrated statistics for the real models, of random spectra for the shaped."""
     model = dense(name)
     if name in SHAPED:
         return random_plan(model)
     task = TASKS[REAL[name]]
     statistics = calibrated(task, prepared(task, "fitted", 0), task.calibration, 0, "fitted", None)
-    return jactus.plan(model, statistics, jactus.JactusConfig().replace(accounting=accounting), progress=False)
+    return jactus.plan(model, statistics, jactus.JactusConfig(), progress=False)
 
 
 def timed(name: str, dtype: str, device: str) -> Plan:
     """The same spectra with budgets of time: what decoding takes on these threads with weights of `dtype`, measured now."""
-    plan = planned(name, "folded")
-    config = plan.config.replace(budget_unit="latency", accounting="folded")
+    plan = planned(name)
+    config = plan.config.replace(budget_unit="latency")
     model = dense(name).to(device, getattr(torch, dtype))
     times = measured(find_targets(model, config), config)
     return replace(plan, config=config, layers={n: replace(layer, times=times[n]) for n, layer in plan.layers.items()})
@@ -72,14 +72,14 @@ def random_plan(model: nn.Module) -> Plan:
     layers = {}
     generator = torch.Generator().manual_seed(0)
     for name, t in find_targets(model, UNIFORM).items():
-        most = t.m * t.n // (t.m + t.n)
+        most = min(t.m, t.n)
         sides = [torch.randn(d, most, generator=generator) / d**0.5 for d in (t.m, t.n)]
         empty = [Side(side, side[:, :0], side.new_zeros(most, 0), side.new_zeros(0, 0)) for side in sides]
         sigma = torch.linspace(1, 0.5, min(t.m, t.n), dtype=torch.float64)
         found = Directions(*empty, sigma, sigma.new_zeros(0, 0))
         layers[name] = PlannedLayer(name, t.m, t.n, t.fingerprint, found, (0.0, 0.0), 1, (4, 4, 4))
     others = sum(p.numel() for p in model.parameters()) - sum(p.m * p.n for p in layers.values())
-    return Plan(layers, UNIFORM.replace(leave_dense=False), dict.fromkeys(layers), others).at(0.8)
+    return Plan(layers, UNIFORM, dict.fromkeys(layers), others).at(0.8)
 
 
 def folded(model: nn.Module) -> nn.Module:

@@ -51,8 +51,8 @@ def headline() -> str:
 
 TEXT_SHOWN = (
     "full", "full[linears]", "lora", "dora", "pissa", "corda", "eva", "eigentune",
-    "jactus 80%", "jactus[full_rank=True] 80%", "jactus[full_rank=True]+embeddings 80%", "svd-llm+lora 80%",
-    "jactus 50%", "svd-llm+lora 50%", "jactus 35%", "jactus[core_width=2.0,union_share=0] 35%",
+    "jactus", "jactus 80%", "jactus+embeddings 80%", "svd-llm+lora 80%",
+    "jactus 50%", "svd-llm+lora 50%", "jactus 35%", "svd-llm-compact+lora 35%",
     "svd-llm+lora 35%", "asvd+lora 35%", "fwsvd+lora 35%", "svd+lora 35%", "cersa 35%",
 )  # fmt: skip
 TEXT_COLUMNS = (
@@ -69,8 +69,8 @@ TEXT_COLUMNS = (
 IMAGES_SHOWN = ("full", "lora", "dora", "eva", "jactus 80%", "jactus 50%", "jactus 35%", "svd-llm+lora 80%", "svd-llm+lora 35%",
                 "cersa 80%", "cersa 35%")  # fmt: skip
 IMAGES_COLUMNS = ("digits", "− LoRA, paired", "untrained", "deployed", "trainable")
-LANGUAGE_SHOWN = ("full", "lora", "jactus 80%", "jactus[union_share=0.1] 80%", "jactus[full_rank=True,union_share=0.1] 80%",
-                  "svd-llm+lora 80%", "jactus 50%", "svd-llm+lora 50%")  # fmt: skip
+LANGUAGE_SHOWN = ("full", "lora", "jactus 80%", "svd-llm-compact+lora 80%", "svd-llm+lora 80%", "jactus 50%",
+                  "svd-llm+lora 50%")  # fmt: skip
 LANGUAGE_COLUMNS = ("wikipedia", "openwebtext", "wikipedia-long", "deployed", "trainable")
 # A default as JactusConfig has it, and what was tried instead with that setting's name in the rows.
 TRIED = {
@@ -92,7 +92,6 @@ TRIED = {
     "`Core(trainable_rank=None)`": {"32": "trainable_rank=32"},
     '`allocation="global"`': {"uniform": "allocation=uniform", "cores of uniform's size": "cores=uniform"},
     "`Allocation(uniform_part=0.5)`": {"0": "rank_floor=0.0", "0.8": "rank_floor=0.8"},
-    "`Allocation(leave_dense=None)`": {"True": "leave_dense=True"},
     '`trainable_extras=("head",)`': {
         "biases": "trainable_extras=head+bias",
         "biases, norms": "trainable_extras=head+bias+LayerNorm",
@@ -105,7 +104,7 @@ TRIED = {
 def defaults() -> str:
     """What each default was compared with: the change of the trained score, paired; alternatives in their order."""
     lines = {
-        budget: {x["setting"]: x for x in one_table("accuracy.md", f"at a time, {budget}: acc")}
+        budget: {x["setting"]: x for x in one_table("pairs/accuracy.md", f"at a time, {budget}: acc")}
         for budget in ("80%", "35%")
     }
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from jactus_kernels import chain, core_gradient, covariance, decode, matmul
+from jactus_kernels import chain, core_gradient, covariance, decode, matmul, scatter
 from jactus_kernels.device import resolve_precision
 from jactus_kernels.launches import CHAIN_RANK, DECODE_RANK, DECODE_TOKENS, PAIR_RANK
 from jactus_kernels.tiles import SHARED_LIMIT, Tile, find_tile
@@ -33,6 +33,7 @@ def variants(family: str, dtype: str) -> Iterator[Variant]:
     yield from _chain(family, dtype, precision)
     yield from _core_gradient(family, dtype, precision)
     yield from _decode(family, dtype, precision)
+    yield from _scatter(family, dtype, precision)
 
 
 def _covariance(family: str, dtype: str, precision: str) -> Iterator[Variant]:
@@ -131,3 +132,14 @@ def _decode(family: str, dtype: str, precision: str) -> Iterator[Variant]:
         given = _pointers(kernel, dtype) | {"p_parts": "*fp32", "l_stride_r": "=1", "unaligned": ("T", "parts")}
         label = f"decode outer core {R}" if R else "decode outer folded"
         yield _variant(label, kernel, family, dtype, shape, constants, **given)
+
+
+def _scatter(family: str, dtype: str, precision: str) -> Iterator[Variant]:
+    for name, kernel, cols in (("narrow", scatter.narrow_kernel, "BR"), ("widen", scatter.widen_kernel, "BW")):
+        shape = find_tile(name, family, DTYPES[dtype])
+        constants = {"PRECISION": precision, "BT": shape.rows, cols: shape.cols, "BK": shape.step}
+        unit = "x_stride_n" if name == "narrow" else "z_stride_r"
+        # narrow of B as training stores it, of a transposed one as a folded layer does
+        for label, unit_b in (("B", "b_stride_r"), ("Bt", "b_stride_w"))[: 2 if name == "narrow" else 1]:
+            given = _pointers(kernel, dtype) | {"p_order": "*i64", unit: "=1", unit_b: "=1", "unaligned": ("T", "w")}
+            yield _variant(f"{name} {label}", kernel, family, dtype, shape, constants, **given)

@@ -134,8 +134,11 @@ def load_cores(model: nn.Module, path: str | os.PathLike) -> None:
 
 
 def _state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """What training changes and is no parameter: the running statistics of normalisations, and whatever else is saved."""
-    saved = model.state_dict().keys()
+    """What training changes and is no parameter: the running statistics of normalisations, and whatever else is saved (where the
+    pivots of bases are does not change)."""
+    saved = model.state_dict().keys() - {
+        f"{n}.{key}" for n, x in core_layers(model).items() for key, _ in x.named_buffers()
+    }
     return {name: buffer for name, buffer in model.named_buffers() if name in saved}
 
 
@@ -160,4 +163,5 @@ def _bases(model: nn.Module) -> dict[str, list[str]]:
     layers = core_layers(model)
     if not layers:
         raise JactusError(f"{type(model).__name__} has no three-factor layer, hence no cores to swap")
-    return {name: [fingerprint(layer.U), fingerprint(layer.V)] for name, layer in layers.items()}
+    held = {name: (layer.U, layer.V, layer.rows, layer.columns) for name, layer in layers.items()}
+    return {name: [fingerprint(t) for t in parts if t is not None] for name, parts in held.items()}

@@ -23,11 +23,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from jactus_kernels import JactusError
 
 from ..model.lowrank import CoreLinear, FoldedLinear, LowRankLinear, compressed_layers, replace_module
+from ..model.pivots import is_order
 from ..model.targets import looks_linear
 
 logger = logging.getLogger("jactus")
 METHOD = "jactus"
-FORMAT = 1
+FORMAT = 2  # 1: bases row by row, pairs of factors with their pivots
 
 
 @register_quantization_config(METHOD)
@@ -75,6 +76,8 @@ def _describe_layer(layer: LowRankLinear, model: nn.Module) -> dict[str, Any]:
     for key, tensor in (("dtype", bases), ("bias_dtype", layer.bias)):
         if tensor is not None and tensor.dtype != getattr(model, "dtype", tensor.dtype):
             kept[key] = str(tensor.dtype).removeprefix("torch.")
+    if layer.pivoted:
+        kept["pivoted"] = True
     if isinstance(layer, CoreLinear):
         if layer.width != layer.rank:
             kept["width"] = layer.width
@@ -215,6 +218,13 @@ def _refuse_missing(model: nn.Module) -> None:
                     f"{name} ({layer}) has no {key} in the weight files: they are not the ones that belong to config.json; "
                     "put those back, or save the model again"
                 )
+        for key, order in layer.named_buffers():
+            if order.device.type != "meta" and not is_order(order):
+                raise JactusError(
+                    f"{name} ({layer}) has no {key} in the weight files, which says where the pivots of its basis are, or one "
+                    "that is no order of its rows: they are not the files that belong to config.json; put those back, or "
+                    "save the model again"
+                )
 
 
 def names(model: nn.Module) -> set[str]:
@@ -238,7 +248,7 @@ def skeleton(kept: dict[str, Any]) -> LowRankLinear:
     shape = (kept["m"], kept["n"], kept["rank"], kept["bias"], kept["transposed"])
     layer: LowRankLinear
     if kept["form"] == "folded":
-        layer = FoldedLinear(*shape, dtype=dtype)
+        layer = FoldedLinear(*shape, dtype=dtype, pivoted=kept.get("pivoted", False))
     else:
         layer = CoreLinear(
             *shape,
@@ -247,6 +257,7 @@ def skeleton(kept: dict[str, Any]) -> LowRankLinear:
             core_dtype=core_dtype,
             width=kept.get("width"),
             reach=kept.get("reach", math.nan),
+            pivoted=kept.get("pivoted", False),
         )
     if layer.bias is not None:  # of what the replaced layer had, whatever the bases are stored in
         layer.bias = nn.Parameter(torch.empty(layer.out_features, dtype=bias_dtype), requires_grad=False)

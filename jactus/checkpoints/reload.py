@@ -30,7 +30,7 @@ def check_files(model: PreTrainedModel, folder: Path) -> None:
                 model, folder, f"{name} is {tuple(found[name])} in it, and a reload asks for {tuple(shape)}"
             )
     layers = compressed_layers(model)
-    parts = {f"{name}.{key}" for name, layer in layers.items() for key, _ in layer.named_parameters()}
+    parts = {f"{name}.{key}" for name, layer in layers.items() for key in layer.state_dict()}
     missing = sorted((set(wanted) & parts) - set(found))
     if missing:
         raise _unreadable(

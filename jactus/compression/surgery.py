@@ -78,7 +78,6 @@ def core_linear_from(
     one; its factors on the CPU, where they are until the dense weight goes."""
     weight: torch.Tensor = old.weight  # type: ignore[assignment]
     U, C, V, reach = factors(layer, rank, config, step)
-    basis = config.basis_dtype(weight.dtype)
     with torch.device("meta"):
         new = CoreLinear(
             layer.m,
@@ -89,11 +88,8 @@ def core_linear_from(
             width=max(C.shape),
             reach=reach,
         )
-    for name, value, dtype in (("U", U, basis), ("core", C, core_dtype(config, basis)), ("V", V, basis)):
-        trains = getattr(new, name).requires_grad
-        setattr(new, name, nn.Parameter(value.to("cpu", dtype).contiguous(), requires_grad=trains))
-    if new.block is not None:
-        new.block = nn.Parameter(torch.zeros(new.block.shape, dtype=new.core.dtype))
+    basis = config.basis_dtype(weight.dtype)
+    new.hold(U, C, V, basis, core_dtype(config, basis))
     new.bias = old.bias  # type: ignore[assignment]
     return new.train(old.training)
 
@@ -110,10 +106,10 @@ def _is_transposed(layer: nn.Module) -> bool:
 
 @torch.no_grad()
 def fold(model: nn.Module) -> nn.Module:
-    """Multiply each core into its cheaper side, in place: two factors, r(m+n) parameters, the same function to rounding.
+    """Multiply each core into one side, in place: two factors with the pivots of the other left out, r(m+n−r) parameters, the same
+    function to rounding.
 
-    A layer that would not be smaller than dense becomes dense. The folded model is for deployment: its factors do not
-    train. Returns the model.
+    A layer of full rank becomes dense. The folded model is for deployment: its factors do not train. Returns the model.
 
     Raises JactusError when the model is in training mode, or has no three-factor layer.
     """
@@ -126,9 +122,13 @@ def fold(model: nn.Module) -> nn.Module:
     if not layers:
         raise JactusError(f"{type(model).__name__} has no three-factor layer to fold; compress it first")
     for name, layer in layers.items():
-        m, n = layer.out_features, layer.in_features
-        smaller = layer.rank * (m + n) < m * n
-        replace_module(model, name, layer.folded() if smaller else layer.dense(_dtype(model)))
+        if not torch.isfinite(layer.effective_core).all():
+            raise JactusError(
+                f"{name} ({layer}) has a core that is not finite: training diverged; the model is as it was"
+            )
+    for name, layer in layers.items():
+        whole = layer.rank == min(layer.out_features, layer.in_features)
+        replace_module(model, name, layer.dense(_dtype(model)) if whole else layer.folded())
     record(model)
     return model
 

@@ -11,6 +11,8 @@ from transformers.pytorch_utils import Conv1D
 import jactus_kernels as kernels
 from jactus_kernels import JactusError
 
+from .pivots import pivots
+
 
 class LowRankLinear(nn.Module, ABC):
     """What both have in common: shapes, whether a Conv1D stood here, and a stand-in for `.weight`."""
@@ -63,15 +65,18 @@ class LowRankLinear(nn.Module, ABC):
 
 
 class CoreLinear(LowRankLinear):
-    """y = x (U C Vᵀ)ᵀ + b, with U (m, r) and V (n, r) frozen and the core C (r, r) trainable.
+    """y = x (U C Vᵀ)ᵀ + b, with bases U (m, r) and V (n, r) frozen and the core C (r, r) trainable.
+
+    A basis has r pivot rows that span the others (`pivots`), so it is stored as these, T (r, r), over the others' coefficients
+    B (m − r, r), and a step multiplies by T C Tᵀ, made once a call, between products that leave the pivots out: no more
+    multiply-adds a token than the layer has once folded, r(m+n−r); of few tokens T multiplies these instead. `rows` (2, m) and `columns` (2, n) say where the rows are; a
+    basis with as many columns as rows has none. Without `pivoted`, as layers of 0.1.0 are, the bases are stored row by row.
 
     With a `width` p > r the side with fewer rows has p columns and the core is (p, r) or (r, p): more to train for the same
-    folded layer; at r = min(m, n) it is the other side, since that one has every direction. With many tokens C is then
-    multiplied into the wide side first, p·r multiply-adds a row and call; with few, all three products are of tokens. Fold
-    before generating.
-    With `trainable_rank` k < r only the leading k×k block of C is trained, as an offset `block` (k, k) to it.
+    folded layer. With `trainable_rank` k < r only the leading k×k block of C is trained, as an offset `block` (k, k) to it.
     `reach` is how far a step of ±1 in all of the core moves the layer, as a part of it: what `learning_rate` goes by.
-    The core may be stored wider than the bases (float32 beside bfloat16): all compute in the input's dtype.
+    The core may be stored wider than the bases (float32 beside bfloat16): T C Tᵀ is made in its dtype, and all else is in the
+    input's. Fold before generating.
     """
 
     def __init__(
@@ -86,9 +91,10 @@ class CoreLinear(LowRankLinear):
         core_dtype: torch.dtype | None = None,
         width: int | None = None,
         reach: float = math.nan,
+        pivoted: bool = True,
     ) -> None:
         super().__init__(m, n, rank, transposed)
-        self.reach = reach
+        self.reach, self.pivoted = reach, pivoted
         width = width or rank
         if width < rank or (width > rank and trainable_rank is not None):
             raise JactusError(
@@ -98,6 +104,10 @@ class CoreLinear(LowRankLinear):
         p, q = core_shape(m, n, rank, width)
         self.U = nn.Parameter(torch.empty(m, p, dtype=dtype), requires_grad=False)
         self.V = nn.Parameter(torch.empty(n, q, dtype=dtype), requires_grad=False)
+        self.rows: Tensor | None
+        self.columns: Tensor | None
+        self.register_buffer("rows", _order(m) if pivoted and p < m else None)
+        self.register_buffer("columns", _order(n) if pivoted and q < n else None)
         self.core = nn.Parameter(torch.empty(p, q, dtype=core_dtype or dtype))
         self.block: nn.Parameter | None = None
         if trainable_rank is not None and trainable_rank < rank:
@@ -114,13 +124,21 @@ class CoreLinear(LowRankLinear):
         return self.core + nn.functional.pad(self.block, (0, rest, 0, rest))
 
     def forward(self, input: Tensor) -> Tensor:
-        U, C, V, bias = in_dtype_of(input, self.U, self.effective_core, self.V, self.bias)
+        C, bias = self.effective_core, self.bias
         p, q = C.shape
-        rows = self.out_features if p > q else self.in_features  # of the side that the core would be multiplied into
-        if p == q or input.numel() // self.in_features * (p * q + abs(p - q) * rows) <= p * q * rows:
-            return kernels.core_linear(input, U, C, V, bias)
-        left, right = (U @ C, V.T) if p > q else (U, C @ V.T)
-        return kernels.folded_linear(input, left, right, bias)
+        if not self.pivoted:
+            return kernels.core_linear(input, *in_dtype_of(input, self.U, C, self.V, bias))
+        T_U, T_V = self.U[:p], self.V[:q]
+        few = input.numel() // self.in_features * (p * p + q * q) < p * q * (p + q)
+        if not few:
+            with torch.autocast(input.device.type, enabled=False):
+                C = T_U.to(C.dtype) @ C @ T_V.to(C.dtype).T
+        B_U, C, B_V, T_U, T_V, bias = in_dtype_of(input, self.U[p:], C, self.V[q:], T_U, T_V, bias)
+        h = input if self.columns is None else kernels.narrow(input, B_V, self.columns)
+        z = nn.functional.linear(h @ T_V, C) @ T_U.T if few else nn.functional.linear(h, C)
+        if self.rows is None:
+            return z if bias is None else z + bias.to(z.dtype)
+        return kernels.widen(z, B_U, self.rows, bias)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (f", width={self.width}" if self.width > self.rank else "")
@@ -130,27 +148,57 @@ class CoreLinear(LowRankLinear):
         """The longer side of the core."""
         return max(self.core.shape)
 
+    @torch.no_grad()
+    def hold(self, U: Tensor, C: Tensor, V: Tensor, dtype: torch.dtype, core_dtype: torch.dtype) -> None:
+        """Take over U (m, p), C (p, q) and V (n, q), float64: stored on the CPU, the bases as pivots and coefficients."""
+        for name, basis, index in (("U", U, "rows"), ("V", V, "columns")):
+            if len(basis) > basis.shape[1]:
+                order, B = pivots(basis)
+                basis = torch.cat([basis[order[0, : basis.shape[1]]], B])
+                setattr(self, index, order.cpu())
+            setattr(self, name, nn.Parameter(basis.to("cpu", dtype).contiguous(), requires_grad=False))
+        trains = self.core.requires_grad
+        self.core = nn.Parameter(C.to("cpu", core_dtype).contiguous(), requires_grad=trains)
+        if self.block is not None:
+            self.block = nn.Parameter(torch.zeros(self.block.shape, dtype=core_dtype))
+
+    @torch.no_grad()
+    def bases(self) -> tuple[Tensor, Tensor]:
+        """U (m, p) and V (n, q), row by row, float64."""
+        return _row_by_row(self.U, self.rows), _row_by_row(self.V, self.columns)
+
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        core = self.effective_core.detach().double()
-        return (self.U.double() @ core @ self.V.double().T).to(dtype or self.U.dtype)
+        U, V = self.bases()
+        return (U @ self.effective_core.detach().double() @ V.T).to(dtype or self.U.dtype)
 
     def folded(self) -> "FoldedLinear":
-        """The two-factor layer: C multiplied, in float64, into the side with fewer rows."""
+        """The layer to deploy, the side with fewer rows without its pivots. Made in float64."""
         layer = FoldedLinear(self.out_features, self.in_features, self.rank, transposed=self.transposed)
-        core = self.effective_core.detach().double()
-        left, right = self.U.detach().double(), self.V.detach().double().T
-        if self.out_features <= self.in_features:
-            left = left @ core
+        core, (near, far) = self.effective_core.detach().double(), self.bases()
+        stored, order = self.U, self.rows
+        if self.out_features > self.in_features:  # W' = V C' U'
+            core, near, far, stored, order = core.T, far, near, self.V, self.columns
+        if near.shape[1] > self.rank:
+            near = near @ core
         else:
-            right = core @ right
-        layer.left = nn.Parameter(left.to(self.U.dtype), requires_grad=False)
-        layer.right = nn.Parameter(right.to(self.V.dtype).contiguous(), requires_grad=False)
+            far = far @ core.T
+        if order is None or near.shape[1] < stored.shape[1]:
+            order, B = pivots(near)
+        else:
+            B = stored[self.rank :]  # as it is, so that folding rounds it no further
+        layer.hold(order, B, far @ near[order[0, : self.rank]].T, self.U.dtype)
         layer.bias = self.bias
         return layer.train(self.training)
 
 
 class FoldedLinear(LowRankLinear):
-    """y = x (left right)ᵀ + b, with left (m, r) and right (r, n): the deployed form, not for training."""
+    """y = x (left right)ᵀ + b of rank r: the deployed form, not for training.
+
+    The side with fewer rows is stored without its r pivots, r(m+n−r) numbers in all: for m ≤ n left is (m − r, r), what the other
+    outputs are of the pivots', and right (r, n); else left is (m, r) and right (r, n − r), what the pivots among the inputs get
+    from the others. `order` (2, min(m, n)) says where these are. Without `pivoted`, as layers of 0.1.0 are, left is (m, r)
+    and right (r, n).
+    """
 
     def __init__(
         self,
@@ -160,22 +208,61 @@ class FoldedLinear(LowRankLinear):
         bias: bool = True,
         transposed: bool = False,
         dtype: torch.dtype | None = None,
+        pivoted: bool = True,
     ) -> None:
         super().__init__(m, n, rank, transposed)
-        self.left = nn.Parameter(torch.empty(m, rank, dtype=dtype), requires_grad=False)
-        self.right = nn.Parameter(torch.empty(rank, n, dtype=dtype), requires_grad=False)
+        self.pivoted = pivoted
+        left = m - rank if pivoted and m <= n else m
+        right = n - rank if pivoted and m > n else n
+        self.left = nn.Parameter(torch.empty(left, rank, dtype=dtype), requires_grad=False)
+        self.right = nn.Parameter(torch.empty(rank, right, dtype=dtype), requires_grad=False)
+        self.order: Tensor | None
+        self.register_buffer("order", _order(min(m, n)) if pivoted else None)
         self.bias = nn.Parameter(torch.empty(m, dtype=dtype), requires_grad=False) if bias else None
 
     def forward(self, input: Tensor) -> Tensor:
-        return kernels.folded_linear(input, *in_dtype_of(input, self.left, self.right, self.bias))
+        left, right, bias = in_dtype_of(input, self.left, self.right, self.bias)
+        if self.order is None:
+            return kernels.folded_linear(input, left, right, bias)
+        if self.out_features <= self.in_features:
+            return kernels.widen(nn.functional.linear(input, right), left, self.order, bias)
+        return nn.functional.linear(kernels.narrow(input, right.T, self.order), left, bias)
+
+    @torch.no_grad()
+    def hold(self, order: Tensor, B: Tensor, far: Tensor, dtype: torch.dtype) -> None:
+        """Take over W = Π [I; B] farᵀ for m ≤ n, else W = far (Π [I; B])ᵀ; far (max(m, n), r)."""
+        left, right = (B, far.T) if self.out_features <= self.in_features else (far, B.T)
+        self.order = order
+        self.left = nn.Parameter(left.to(dtype).contiguous(), requires_grad=False)
+        self.right = nn.Parameter(right.to(dtype).contiguous(), requires_grad=False)
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        return (self.left.double() @ self.right.double()).to(dtype or self.left.dtype)
+        left, right = self.left.double(), self.right.double()
+        if self.order is None:
+            W = left @ right
+        elif self.out_features <= self.in_features:
+            W = torch.cat([right, left @ right])[self.order[1]]
+        else:
+            W = torch.cat([left, left @ right], dim=1)[:, self.order[1]]
+        return W.to(dtype or self.left.dtype)
+
+
+def _order(d: int) -> Tensor:
+    return torch.zeros(2, d, dtype=torch.int64)
+
+
+def _row_by_row(basis: Tensor, order: Tensor | None) -> Tensor:
+    """A basis stored as its pivots and the others' coefficients, float64."""
+    basis = basis.double()
+    if order is None:
+        return basis
+    T, B = basis[: basis.shape[1]], basis[basis.shape[1] :]
+    return torch.cat([T, B @ T])[order[1]]
 
 
 def core_shape(m: int, n: int, rank: int, width: int) -> tuple[int, int]:
-    """(p, q) of a core in an (m, n) layer: the side with fewer rows has `width` columns and the other `rank`; at full rank,
-    where that side has every direction, the other way round."""
+    """(p, q) of a core in an (m, n) layer: the side with fewer rows has `width` columns and the other `rank`; beyond full rank,
+    where that side has every direction (layers that 0.1.0 saved have more on the other), the other way round."""
     return (width, rank) if (m <= n) != (rank == min(m, n)) else (rank, width)
 
 

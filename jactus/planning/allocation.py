@@ -1,10 +1,10 @@
 """Step 4: how much rank each layer gets under one budget, by marginal gain per unit of cost.
 
-A layer offers points (cost, gain) at its admissible ranks and, last, at dense: gain is the loss avoided, the sum of the
-squared singular values kept in the metric (one unit over all layers), cost is parameters, bytes, FLOPs or seconds. Marginal gain
-per cost along the upper concave hull of these points falls, so the best steps of all layers, sorted by slope and taken
-until the budget is spent, are optimal up to one step. Dense is a point like any other: past break-even a layer jumps to
-it when that pays more than rank elsewhere, and otherwise leaves its budget to others.
+A layer offers points (cost, gain) at its admissible ranks, the last of which is its full one: gain is the loss avoided, the sum
+of the squared singular values kept in the metric (one unit over all layers), cost is parameters, bytes, FLOPs or seconds.
+Marginal gain per cost along the upper concave hull of these points falls, so the best steps of all layers, sorted by slope and
+taken until the budget is spent, are optimal up to one step. A matrix of rank r has r(m+n−r) degrees of freedom and is deployed
+in as many numbers, at full rank m·n: the curve of cost has no jump.
 """
 
 from dataclasses import dataclass
@@ -19,30 +19,27 @@ from jactus_kernels import JactusError
 class Offer:
     """What one layer offers: parallel arrays over its admissible ranks, rising in rank, cost and gain.
 
-    ranks, cost, gain: (J,), J ≥ 1; with `ends_dense` the last point is the dense layer. dense_cost: what it costs.
+    ranks, cost, gain: (J,), J ≥ 1. dense_cost: what it costs as it is.
     """
 
     name: str
     ranks: np.ndarray
     cost: np.ndarray
     gain: np.ndarray
-    ends_dense: bool
     dense_cost: float
 
-    def is_dense(self, index: int) -> bool:
-        """Whether a point is the dense layer."""
-        return self.ends_dense and index == len(self.ranks) - 1
+
+def admissible_ranks(m: int, n: int, multiple: int, accounting: str = "compact") -> np.ndarray:
+    """Multiples of `multiple` at which a layer costs less than the dense m×n, and its full rank, at which it costs as much."""
+    ranks = np.arange(multiple, min(m, n), multiple)
+    return np.append(ranks[parameters(m, n, ranks, accounting) < m * n], min(m, n))
 
 
-def admissible_ranks(m: int, n: int, multiple: int, folded: bool) -> np.ndarray:
-    """Multiples of `multiple` at which factors cost less than the dense m×n; none if even the first does not."""
-    ranks = np.arange(multiple, min(m, n) + 1, multiple)
-    return ranks[parameters(m, n, ranks, folded) < m * n]
-
-
-def parameters(m: int, n: int, rank: Any, folded: bool) -> Any:
-    """Parameters of a factored layer: r(m+n) folded, r(m+n)+r² with its core."""
-    return rank * (m + n) + (0 if folded else rank * rank)
+def parameters(m: int, n: int, rank: Any, accounting: str = "compact") -> Any:
+    """What a layer of some rank counts: r(m+n−r), its degrees of freedom; as a pair of factors r(m+n), with its core r(m+n)+r²,
+    and at full rank m·n in any case."""
+    more = {"compact": -1, "folded": 0, "three_factor": 1}[accounting]
+    return np.where(np.asarray(rank) == min(m, n), m * n, rank * (m + n) + more * rank * rank)
 
 
 def allocate(
@@ -64,11 +61,11 @@ def allocate(
     spent = sum(o.cost[c] for o, c in zip(offers, chosen))
     if spent > budget * (1 + 1e-12):
         least = sum(o.cost[0] for o in offers) / sum(o.dense_cost for o in offers)
-        dense = sum(o.is_dense(0) for o in offers)
+        whole = sum(o.cost[0] >= o.dense_cost for o in offers)
         raise JactusError(
             f"a budget of {fraction:.4g} of the targeted layers is less than their least ranks cost; raise the budget, "
-            f"lower rank_floor or rank_multiple (the least of all costs {least:.4g}, with {dense} of {len(offers)} layers "
-            "dense because no rank of theirs is cheaper)"
+            f"lower rank_floor or rank_multiple (the least of all costs {least:.4g}, with {whole} of {len(offers)} layers "
+            "whole because no rank of theirs is cheaper)"
         )
     return chosen
 
@@ -100,8 +97,6 @@ def _affordable(offer: Offer, cost: float) -> int:
 def _floor_index(offer: Offer, even: int, floor: int, part: float) -> int:
     """The first point whose rank is not below the floors."""
     least = min(int(np.searchsorted(offer.ranks, floor)), len(offer.ranks) - 1)
-    if offer.is_dense(even):  # of a dense layer a part of its cost, since it has no rank
-        return max(least, _affordable(offer, part * offer.dense_cost))
     return max(least, min(int(np.searchsorted(offer.ranks, int(part * offer.ranks[even]))), even))
 
 

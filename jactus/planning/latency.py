@@ -37,8 +37,8 @@ class Times:
 
     def at(self, ranks: np.ndarray) -> np.ndarray:
         """Seconds at each of `ranks` (J,), rising: interpolated, and no rank quicker than a smaller one."""
-        if not len(ranks):
-            return np.zeros(0)
+        if not self.ranks:  # none but the full one
+            return np.full(len(ranks), self.dense)
         return np.interp(ranks, self.ranks, np.maximum.accumulate(self.folded)) + 1e-9 * self.dense * ranks
 
 
@@ -60,6 +60,7 @@ class Kind:
             layer = FoldedLinear(self.m, self.n, rank, self.bias, self.transposed, self.basis)
         for p in layer.parameters():
             p.fill_(1 / self.n)
+        layer.order.copy_(torch.randperm(min(self.m, self.n), device=self.device).expand(2, -1))  # type: ignore[union-attr]
         return layer
 
 
@@ -81,7 +82,7 @@ def measured(targets: dict[str, Target], config: JactusConfig) -> dict[str, Time
 def _measure(kind: Kind, config: JactusConfig, layers: int) -> Times:
     from torch.utils.benchmark import Timer  # here: few need it, and it takes a tenth of a second to import
 
-    offered = admissible_ranks(kind.m, kind.n, config.allocation.rank_multiple, folded=True)
+    offered = admissible_ranks(kind.m, kind.n, config.allocation.rank_multiple)[:-1]
     chosen = np.unique(np.linspace(0, len(offered) - 1, min(RANKS, len(offered))).round().astype(int))
     ranks = tuple(int(r) for r in offered[chosen])
     x = torch.ones(config.budget.latency_tokens, kind.n, dtype=kind.weight, device=kind.device)

@@ -12,9 +12,8 @@ from ..calibration.statistics import Statistics
 from ..config import JactusConfig
 from ..model.families import output_embedding
 from ..model.targets import Target, find_targets, refuse_absent
-from .allocation import admissible_ranks
 from .latency import measured
-from .plans import Plan, PlannedLayer, core_width, with_ranks
+from .plans import Plan, PlannedLayer, with_ranks
 from .subspace import Directions, Side, directions, metric, task_rank
 
 
@@ -110,15 +109,16 @@ def _plan_layer(
     A, metric_A = inputs.of(target)
     G = statistics.output_covariance(target.name) if statistics is not None and config.needs_output else None
     metric_G = _metric(target, G if config.metric in ("gradient", "fisher") else None, config)
-    ranks = admissible_ranks(target.m, target.n, config.allocation.rank_multiple, config.budget.accounting == "folded")
-    most = min(target.m, target.n) if config.allocation.full_rank else int(ranks[-1]) if len(ranks) else 0
+    most = min(target.m, target.n)
+    if most < config.allocation.rank_multiple:  # it stays as it is
+        most = 0
     by_covariance = "covariance" in config.task_sources
     try:
         found = directions(
             weight,
             metric_G,
             metric_A,
-            keep=core_width(most, target.m, target.n, config),
+            keep=most,
             tasks=task_rank(most, config.share) if config.task_sources else 0,
             output_covariance=G if by_covariance else None,
             input_covariance=A if by_covariance else None,
@@ -141,7 +141,6 @@ def _plan_layer(
         (_scale(G) if metric_G is not None else 0.0, _scale(A) if metric_A is not None else 0.0),
         statistics.layer_tokens(target.name) if statistics is not None else 1,
         (basis.itemsize, core_dtype(config, basis).itemsize, weight.itemsize),
-        beyond=found.beyond if config.allocation.full_rank else 0,
     )
 
 
@@ -157,8 +156,8 @@ def _scale(S: Tensor | None) -> float:
 
 
 def _stored(d: Directions) -> Directions:
-    """On the CPU, directions in float32, the small matrices in float64: a plan is about as large as the weights it replaces,
-    and larger where cores are wider or of full rank."""
+    """On the CPU, directions in float32, the small matrices in float64: a plan is about twice as large as the weights it
+    replaces, since every layer may have its full rank."""
 
     def small(side: Side) -> Side:
         return Side(side.weight.float().cpu(), side.task.float().cpu(), side.cross.cpu(), side.gram.cpu())

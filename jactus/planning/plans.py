@@ -27,8 +27,7 @@ from .subspace import PARTS, Directions, Side, task_rank
 @dataclass(frozen=True)
 class PlannedLayer:
     """One layer of a plan. `scales` are the mean diagonals of G and A (0 where the metric is the identity); `times` are
-    of the layer deployed, measured where the budget is of latency; `beyond` counts the task directions outside all weight
-    directions, of the longer side, where the plan may give the layer its full rank."""
+    of the layer deployed, measured where the budget is of latency."""
 
     name: str
     m: int
@@ -39,69 +38,60 @@ class PlannedLayer:
     tokens: int
     sizes: tuple[int, int, int]  # bytes per element of the bases, of the core and of the dense weight
     times: Times | None = None
-    beyond: int = 0
 
     @property
     def energies(self) -> Tensor:
         """σ² (min(m, n),), float64: the loss that dropping each weight direction costs, times two."""
         return self.directions.sigma.double().square()
 
-    def offer(self, config: JactusConfig) -> Offer:
-        """The layer's admissible ranks with what they cost and gain under `config`."""
-        m, n = self.m, self.n
-        folded = config.budget.accounting == "folded"
-        ranks = admissible_ranks(m, n, config.allocation.rank_multiple, folded)
-        kept = np.concatenate([[0.0], np.cumsum(self.energies.numpy())])
-        weight_ranks = np.array([self.weight_rank(int(r), config) for r in ranks], dtype=int)
-        gain = kept[np.minimum(weight_ranks, len(kept) - 1)]
+    def offer(self, config: JactusConfig, of_language: bool = False) -> Offer:
+        """The layer's admissible ranks with what they cost and gain under `config`. `of_language`: a layer whose plan has fewer
+        directions than its full rank, as those of before it could have it, may stay as it is in the place of it."""
+        m, n, accounting = self.m, self.n, config.budget.accounting
+        ranks = admissible_ranks(m, n, config.allocation.rank_multiple, accounting)
+        kept = self.directions.kept
+        ranks = ranks[(ranks <= kept) | ((ranks == min(m, n)) & of_language)] if kept else ranks[-1:]
+        gains = np.concatenate([[0.0], np.cumsum(self.energies.numpy())])
+        gain = gains[[self.weight_rank(int(r), config) for r in ranks]]
         basis, core, whole = self.sizes
         if config.budget.unit == "latency":
             cost, dense = self._timed.at(ranks), self._timed.dense
         elif config.budget.unit == "bytes":
-            cost = parameters(m, n, ranks, True) * basis + (0 if folded else ranks * ranks * core)
+            cost = parameters(m, n, ranks, "folded" if accounting == "three_factor" else accounting) * basis
+            cost += ranks * ranks * core if accounting == "three_factor" else 0
             dense = m * n * whole
         else:
             # FLOPs are 2 a parameter and token; layers differ in how many tokens reach them
             each = 2 * self.tokens if config.budget.unit == "flops" else 1
-            cost, dense = parameters(m, n, ranks, folded) * each, m * n * each
-        pays = cost < dense  # in time or bytes a rank may cost more than the layer it would replace
-        ranks, cost, gain = ranks[pays], cost[pays], gain[pays]
-        ends_dense = config.allocation.leave_dense or config.allocation.full_rank or not len(ranks)
-        if ends_dense:
-            ranks, cost, gain = np.append(ranks, min(m, n)), np.append(cost, dense), np.append(gain, kept[-1])
-        return Offer(self.name, ranks, cost.astype(float), gain, ends_dense, float(dense))
+            cost, dense = parameters(m, n, ranks, accounting) * each, m * n * each
+        cost = np.where(ranks == min(m, n), dense, cost)
+        pays = (cost < dense) | (
+            ranks == min(m, n)
+        )  # in time or bytes a rank may cost more than the layer it would replace
+        return Offer(self.name, ranks[pays], cost[pays].astype(float), gain[pays], float(dense))
 
     @property
     def _timed(self) -> Times:
         if self.times is None:
-            raise JactusError(
-                f"the plan has no times of {self.name}; plan again with Budget(unit='latency', accounting='folded')"
-            )
+            raise JactusError(f"the plan has no times of {self.name}; plan again with Budget(unit='latency')")
         return self.times
 
     def width(self, rank: int, config: JactusConfig) -> int:
-        """The longer side of the core at a rank.
-
-        At full rank the layer's shorter side has all directions and the longer as many weight directions, which are what W
-        needs; to learn with it has the task's as well, as many as a rank of that size has anywhere.
-        """
-        if not self.is_full(rank):
-            return core_width(rank, self.m, self.n, config)
-        most = rank + min(task_rank(rank, config.share), self.beyond)
-        return max(rank, most - most % config.allocation.rank_multiple)
+        """The longer side of the core at a rank."""
+        return core_width(rank, self.m, self.n, config)
 
     def core_parameters(self, rank: int, config: JactusConfig) -> int:
         """What trains at a rank."""
         return rank * self.width(rank, config)
 
     def stored_parameters(self, rank: int, config: JactusConfig) -> int:
-        """U, C and V at a rank."""
+        """U, C and V at a rank: what is stored while training."""
         p, q = core_shape(self.m, self.n, rank, self.width(rank, config))
         return self.m * p + self.n * q + p * q
 
     def folded_parameters(self, rank: int) -> int:
-        """What is deployed at a rank: the two factors, or the dense layer where they would be larger."""
-        return min(parameters(self.m, self.n, rank, folded=True), self.m * self.n)
+        """What is deployed at a rank."""
+        return int(parameters(self.m, self.n, rank))
 
     def seconds(self, rank: int | None) -> float:
         """What a call of the layer takes, folded, at a rank (None: dense). Raises JactusError where that was not measured."""
@@ -137,8 +127,8 @@ def core_width(rank: int, m: int, n: int, config: JactusConfig) -> int:
 
 @dataclass(frozen=True)
 class Plan:
-    """Ranks for every target layer (None: stays dense), and what they cost. `of_language`: the model is one of language,
-    which `leave_dense=None` goes by; `outputs`: layers that compute what it returns."""
+    """Ranks for every target layer (None: stays as it is), and what they cost. `of_language`: the model is one of language,
+    which `union_share=None` goes by; `outputs`: layers that compute what it returns."""
 
     layers: dict[str, PlannedLayer]
     config: JactusConfig
@@ -179,18 +169,18 @@ class Plan:
         return sum(layer.m * layer.n for layer in self.layers.values())
 
     def _total(self, of: Callable[[PlannedLayer, int], int]) -> int:
-        """The sum over the targeted layers of `of(layer, rank)`, dense layers in full."""
+        """The sum over the targeted layers of `of(layer, rank)`, those that stay in full."""
         pairs = [(layer, self.ranks[name]) for name, layer in self.layers.items()]
         return sum(layer.m * layer.n if rank is None else of(layer, rank) for layer, rank in pairs)
 
     @property
     def stored_parameters(self) -> int:
-        """Weights of the targeted layers with their cores: Σ r(m+n)+r² with square cores, dense layers in full."""
+        """Weights of the targeted layers while they train: Σ r(m+n)+r² with square cores."""
         return self._total(lambda layer, rank: layer.stored_parameters(rank, self.config))
 
     @property
     def folded_parameters(self) -> int:
-        """Weights of the targeted layers once folded: Σ r(m+n), layers that are dense then in full."""
+        """Weights of the targeted layers once folded: Σ r(m+n−r)."""
         return self._total(PlannedLayer.folded_parameters)
 
     @property
@@ -229,7 +219,7 @@ class Plan:
         for name, layer in self.layers.items():
             tensors |= {f"{key}/{name}": t for key, t in _tensors(layer.directions).items()}
         described = {
-            name: {k: getattr(layer, k) for k in ("m", "n", "fingerprint", "scales", "tokens", "sizes", "beyond")}
+            name: {k: getattr(layer, k) for k in ("m", "n", "fingerprint", "scales", "tokens", "sizes")}
             | {"times": layer.times and asdict(layer.times)}
             for name, layer in self.layers.items()
         }
@@ -252,6 +242,7 @@ class Plan:
             left, right = (Side(*(of[f"{side}_{part}"] for part in PARTS)) for side in ("left", "right"))
             # plans of before bytes of the dense weight were told apart took them to be those of the bases
             kept |= {"scales": tuple(kept["scales"]), "sizes": (*kept["sizes"], kept["sizes"][0])[:3]}
+            kept.pop("beyond", None)  # 0.1.0: of the longer side at full rank, which has no task directions any more
             if times := kept.pop("times", None):  # plans of before there were any have none
                 kept["times"] = Times(times["dense"], tuple(times["ranks"]), tuple(times["folded"]))
             layers[name] = PlannedLayer(name, directions=Directions(left, right, of["sigma"], of["task_core"]), **kept)
@@ -272,15 +263,7 @@ def with_ranks(plan: Plan) -> Plan:
     """The plan with ranks for its configured budget, from its spectra."""
     config = plan.config.with_share(plan.of_language)
     plan = replace(plan, config=config)
-    if config.allocation.leave_dense is None:
-        config = config.replace(leave_dense=plan.of_language and not config.allocation.full_rank)
-    for name, layer in plan.layers.items():
-        if config.allocation.full_rank and layer.directions.kept < min(layer.m, layer.n):
-            raise JactusError(
-                f"{name} ({layer.m}×{layer.n}): the plan kept {layer.directions.kept} directions a side, full_rank=True needs "
-                f"{min(layer.m, layer.n)}; plan again with it"
-            )
-    offers = [layer.offer(config) for layer in plan.layers.values()]
+    offers = [layer.offer(config, plan.of_language) for layer in plan.layers.values()]
     fraction = config.budget.fraction
     if config.budget.scope == "model":
         kept = config.budget.fraction * (plan.dense_parameters + plan.other_parameters) - plan.other_parameters
@@ -292,15 +275,14 @@ def with_ranks(plan: Plan) -> Plan:
             )
         fraction = min(fraction, 1.0)
     budget = fraction * sum(o.dense_cost for o in offers)
-    whole = {
-        name: min(layer.m, layer.n) if config.allocation.full_rank else None for name, layer in plan.layers.items()
-    }
-    if fraction >= 1:  # nothing to save, and nothing lost
-        return replace(plan, ranks=whole)
     how = config.allocation
-    chosen = allocate(offers, budget, fraction, how.method == "uniform", how.rank_floor, how.uniform_part)
-    ranks = {o.name: whole[o.name] if o.is_dense(c) else int(o.ranks[c]) for o, c in zip(offers, chosen)}
-    return replace(plan, ranks=ranks)
+    if fraction < 1:
+        chosen = allocate(offers, budget, fraction, how.method == "uniform", how.rank_floor, how.uniform_part)
+        ranks = {o.name: int(o.ranks[c]) for o, c in zip(offers, chosen)}
+    else:  # nothing to save, and nothing lost
+        ranks = {name: min(layer.m, layer.n) for name, layer in plan.layers.items()}
+    has = {name: layer.directions.kept for name, layer in plan.layers.items()}
+    return replace(plan, ranks={name: rank if rank <= has[name] else None for name, rank in ranks.items()})
 
 
 def _table(plan: Plan) -> str:
@@ -316,8 +298,8 @@ def _table(plan: Plan) -> str:
         lines.append(f"{name:<{wide}}  {shape:>12}  {'dense' if rank is None else rank:>5}  {kept:.4f}")
     dense = plan.dense_parameters
     lines.append(
-        f"targeted weights {dense:,}; stored {plan.stored_parameters:,} ({plan.stored_parameters / dense:.1%}), folded "
-        f"{plan.folded_parameters:,} ({plan.folded_parameters / dense:.1%}), cores {plan.core_parameters:,}; predicted "
+        f"targeted weights {dense:,}; deployed {plan.folded_parameters:,} ({plan.folded_parameters / dense:.1%}), stored while "
+        f"training {plan.stored_parameters:,} ({plan.stored_parameters / dense:.1%}), cores {plan.core_parameters:,}; predicted "
         f"rise of the loss before training {plan.predicted_loss:.4g}"
     )
     if plan.config.budget.unit == "latency":

@@ -124,25 +124,17 @@ class Directions:
         """U (m, p), C (p, q), V (n, q) in float64, bases orthonormal in the metric.
 
         p and q are the rank; with a `width` the side with fewer rows has that many instead. ⌊share·rank⌋ task directions
-        are asked for a side; where fewer are independent, weight directions fill that side up. They come after the weight
-        directions, or before them with `task_first`. At full rank the side with fewer rows has every direction there is; a
-        `width` is then the other side's, and what it has beyond the rank are task directions, at most `beyond` of them.
+        are asked for a side, and none at full rank; where fewer are independent, weight directions fill that side up. They come
+        after the weight directions, or before them with `task_first`.
         """
-        tasks = min(task_rank(rank, share), self.task_core.shape[0])
+        m, n = self.left.weight.shape[0], self.right.weight.shape[0]
+        tasks = 0 if rank == min(m, n) else min(task_rank(rank, share), self.task_core.shape[0])
         wide = rank if width is None else width
         left, right = self.to64(self.left), self.to64(self.right)
-        m, n = left.weight.shape[0], right.weight.shape[0]
-        full = rank == min(m, n)
         p, q = core_shape(m, n, rank, wide)
-        if (rank if full else wide) > self.kept:
+        if wide > self.kept:
             raise JactusError(f"{wide} directions a side were asked for, but only {self.kept} were kept; plan again")
-        (k_left, E_left), (k_right, E_right) = (
-            (rank, side.remainder(rank)[:, : size - rank]) if full else side.split(size, tasks)
-            for side, size in ((left, p), (right, q))
-        )
-        found = k_left + E_left.shape[1], k_right + E_right.shape[1]
-        if found != (p, q):
-            raise JactusError(f"{p} and {q} directions a side were asked for, but there are only {found}; plan again")
+        (k_left, E_left), (k_right, E_right) = (side.split(size, tasks) for side, size in ((left, p), (right, q)))
         t_left, t_right, k = len(E_left), len(E_right), max(k_left, k_right)
         cross_left, cross_right = left.cross[:k, :t_left], right.cross[:k, :t_right]
         sigma = self.sigma.double()[:k, None]
@@ -163,12 +155,6 @@ class Directions:
     def kept(self) -> int:
         """K: the weight directions of each side."""
         return self.left.weight.shape[1]
-
-    @property
-    def beyond(self) -> int:
-        """How many task directions the side with more rows has outside all of its weight directions."""
-        longer = max(self.left, self.right, key=lambda side: side.weight.shape[0])
-        return longer.remainder(self.kept).shape[1]
 
     @staticmethod
     def to64(side: Side) -> Side:

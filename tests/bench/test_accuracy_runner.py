@@ -120,16 +120,16 @@ def test_every_entry_of_the_matrix_is_a_method_that_exists_and_no_grid_is_larger
 
 
 def test_settings_are_read_from_the_name():
-    chosen = methods.variant("jactus[union=weight+covariance,union_share=0.1,leave_dense=True,calibration=64]")
-    assert chosen.config == JactusConfig().replace(
-        accounting="folded", union=("weight", "covariance"), union_share=0.1, leave_dense=True
-    )
+    chosen = methods.variant("jactus[union=weight+covariance,union_share=0.1,accounting=folded,calibration=64]")
+    assert chosen.config == JactusConfig().replace(accounting="folded", union=("weight", "covariance"), union_share=0.1)
     assert chosen.calibration == 64
+    assert methods.variant("jactus").config == JactusConfig(), "a budget is of what is deployed"
     assert methods.variant("lora") is None
     with pytest.raises(JactusError, match="'unifrom'"):
         methods.variant("jactus[cores=unifrom]")
-    with pytest.raises(JactusError, match="no field"):
-        methods.variant("jactus[colour=red]")
+    for unknown in ("colour=red", "leave_dense=True", "full_rank=True"):
+        with pytest.raises(JactusError, match="no field"):
+            methods.variant(f"jactus[{unknown}]")
 
 
 def test_the_table_shows_mean_spread_and_paired_difference():
@@ -201,16 +201,16 @@ def tiny(monkeypatch, tmp_path):
     )
 
 
-@pytest.mark.parametrize("method", ["jactus[rank_multiple=4]", "lora", "svd-llm+lora"])
-def test_a_cell_gives_a_row_before_and_after_training(tiny, method):
+@pytest.mark.parametrize("method, rate", [("jactus[rank_multiple=4]", 2e-3), ("lora", 5e-3), ("svd-llm+lora", 5e-3)])
+def test_a_cell_gives_a_row_before_and_after_training(tiny, method, rate):
     compressed = method != "lora"
-    rows = cell.measure(Cell("tiny", method, 0.7, 3, 5e-3), torch.get_num_threads(), None, untrained=compressed)
+    rows = cell.measure(Cell("tiny", method, 0.7, 3, rate), torch.get_num_threads(), None, untrained=compressed)
     assert [r.phase for r in rows] == ["untrained", "trained"][not compressed :]
     assert rows[-1].value > 0.8  # a guess is right half the time
     assert rows[-1].loss < 0.5
     assert rows[-1].folded < rows[-1].stored
     assert 0 < rows[-1].trainable < rows[-1].stored
-    assert (rows[-1].seed, rows[-1].lr, rows[-1].budget) == (3, 5e-3, 0.7)
+    assert (rows[-1].seed, rows[-1].lr, rows[-1].budget) == (3, rate, 0.7)
 
 
 @pytest.mark.parametrize("method", ["jactus[rank_multiple=4]", "lora"])
@@ -247,7 +247,7 @@ def test_cores_can_be_made_as_many_as_uniform_ranks_have(tiny):
     task = tasks.TASKS["tiny"]
     case = task.load()
     statistics = tasks.calibrated(task, case, 64, 0, "fitted", None)
-    config = JactusConfig().replace(accounting="folded", rank_multiple=1, budget=0.6)
+    config = JactusConfig().replace(rank_multiple=1, budget=0.6)
     plan = jactus.plan(case.model, statistics, config, progress=False)
     wanted = plan.with_config(allocation="uniform").core_parameters
     found = methods.with_as_many_cores(plan, wanted)

@@ -58,13 +58,19 @@ def test_counted_work_is_exact_for_every_kind_of_layer():
     assert flops.training(subjects.ready("llama-7b", "lora"), batch) == lora
     small = subjects.ready("llama-7b", "jactus", 0.5)
     layers = [m for m in small.modules() if isinstance(m, jactus.CoreLinear)]
-    two = sum(m.rank * (m.in_features + m.out_features) for m in layers)
+    deployed = sum(m.rank * (m.in_features + m.out_features - m.rank) for m in layers)
     square = sum(m.rank**2 for m in layers)
     assert len(layers) == 7
-    assert flops.forward(small, batch) == tokens * (two + square + head)
+    assert all(tokens < m.rank for m in layers)  # so T multiplies the tokens on both sides, forward and backward
+    assert flops.forward(small, batch) == tokens * (deployed + 2 * square + head)
     first = sum(m.rank * (WIDE + m.rank) for m in layers[:3])
-    assert flops.training(small, batch) == tokens * (2 * two + 3 * square + 2 * head - first)
-    assert flops.forward(subjects.folded(small), batch) == tokens * (two + head)
+    assert flops.training(small, batch) == tokens * (2 * deployed + 5 * square + 2 * head - first)
+    many = subjects.batch("llama-7b", 40, 6)
+    made = sum(2 * m.rank**3 for m in layers)  # T C Tᵀ, once a call and once for its gradient, whatever the tokens
+    first = sum(m.rank * WIDE for m in layers[:3])
+    assert flops.forward(small, many) == 20 * tokens * (deployed + head) + made
+    assert flops.training(small, many) == 20 * tokens * (2 * deployed + square + 2 * head - first) + 2 * made
+    assert flops.forward(subjects.folded(small), batch) == tokens * (deployed + head)
 
 
 def test_a_race_runs_every_contender_each_round_and_rotates():

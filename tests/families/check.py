@@ -42,8 +42,8 @@ def configs(exclude: tuple[str, ...] = ()) -> dict[str, JactusConfig]:
     )
     return {
         "statistics": common,
-        "full": common.replace(accounting="folded", full_rank=True, budget=1.0),
-        "low": common.replace(budget=0.6, leave_dense=False, rank_floor=2, uniform_part=0.0),
+        "full": common.replace(budget=1.0),
+        "low": common.replace(budget=0.6, rank_floor=2, uniform_part=0.0),
     }
 
 

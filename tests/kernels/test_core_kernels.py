@@ -9,7 +9,7 @@ from jactus_kernels.tiles import Tile
 from .conftest import relative
 
 pytest.importorskip("triton")
-from jactus_kernels import chain, core_gradient, decode, fused, matmul
+from jactus_kernels import chain, core_gradient, decode, fused, matmul, scatter
 
 pytestmark = pytest.mark.kernel
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -18,7 +18,7 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Several blocks along every dimension at sizes a sanitiser can run."""
-    for module in (chain, core_gradient, decode, matmul):
+    for module in (chain, core_gradient, decode, matmul, scatter):
         monkeypatch.setattr(module, "find_tile", lambda *_: Tile(16, 32, 16, 4, 2, 1))
 
 
@@ -134,6 +134,34 @@ def test_whole_layers(randn, monkeypatch, dtype, r, T):
     folded = (x, U @ C, V.T.contiguous(), b)
     exact = reference.folded_linear(*doubled(folded))
     assert_as_good_as_torch(fused.folded_linear(*folded), reference.folded_linear(*folded), exact)
+
+
+def basis(randn, d, r, dtype):
+    """B (d − r, r) and the order (2, d) of its pivots and other rows."""
+    first = torch.randperm(d, generator=torch.Generator().manual_seed(d)).to("cuda")
+    return randn(d - r, r, dtype=dtype, scale=r**-0.5), torch.stack([first, first.argsort()])
+
+
+@pytest.mark.parametrize("T,d,r", [(40, 70, 33), (1, 9, 1), (17, 160, 96), (33, 64, 63), (20, 50, 50)])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("strided", [False, True])
+def test_a_basis_without_its_pivots(randn, small_tiles, T, d, r, dtype, strided):
+    B, order = basis(randn, d, r, dtype)
+    x, z = randn(T, d, dtype=dtype), randn(T, r, dtype=dtype)
+    if strided:  # as a folded layer has it, and columns of something wider
+        B, x = B.T.contiguous().T, torch.cat([x, x], dim=1)[:, :d]
+    for ours, theirs, inputs in ((scatter.widen, reference.widen, z), (scatter.narrow, reference.narrow, x)):
+        exact = theirs(inputs.double(), B.double(), order)
+        assert_as_good_as_torch(ours(inputs, B, order), theirs(inputs, B, order), exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_basis_without_its_pivots_in_shipped_tiles(randn, dtype):
+    B, order = basis(randn, 200, 140, dtype)
+    x, z = randn(130, 200, dtype=dtype), randn(130, 140, dtype=dtype)
+    for ours, theirs, inputs in ((scatter.widen, reference.widen, z), (scatter.narrow, reference.narrow, x)):
+        exact = theirs(inputs.double(), B.double(), order)
+        assert_as_good_as_torch(ours(inputs, B, order), theirs(inputs, B, order), exact)
 
 
 def test_layers_take_strided_tensors(randn, small_tiles):

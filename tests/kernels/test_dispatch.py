@@ -57,6 +57,18 @@ def test_torch_launches_no_kernel(randn, launched, op):
     assert launched == []
 
 
+@pytest.mark.parametrize("backend,kernels", [("triton", ["narrow", "widen"]), ("torch", [])])
+def test_a_basis_without_its_pivots_on_either_backend(randn, launched, backend, kernels):
+    order = torch.stack([torch.arange(24).flip(0), torch.arange(24).flip(0)]).to("cuda")
+    B, x = randn(10, 14, dtype=torch.bfloat16), randn(2, 5, 24, dtype=torch.bfloat16)
+    with jk.use(backend=backend):
+        y = cuda.widen(cuda.narrow(x, B, order), B, order)
+    assert launched == kernels
+    inner = reference.narrow(x, B, order)
+    exact = reference.widen(reference.narrow(x.double(), B.double(), order), B.double(), order)
+    assert_as_good_as_torch(y, reference.widen(inner, B, order), exact)
+
+
 def test_fused_leaves_plain_products_to_the_library(randn, launched):
     x, U, C, V, b = layer(randn, 20, 16, 24, 16, torch.bfloat16)
     with jk.use(backend="fused"):

@@ -1,0 +1,122 @@
+"""The rows of a basis that span the others: exact in float64, small coefficients, whatever the basis is like."""
+
+import pytest
+import torch
+
+from jactus.model.pivots import pivots
+
+LARGEST = 1.1 * (1 + 1e-4)  # rows are chosen in float32
+
+SHAPES = [(1, 1), (2, 1), (7, 3), (16, 15), (40, 40), (64, 16), (96, 48), (200, 120)]
+shapes = pytest.mark.parametrize(("d", "r"), SHAPES)
+
+
+def noise(d, r, seed=0):
+    return torch.randn(d, r, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def scaled(d, r):
+    """Columns of lengths from 1e-8 to 1."""
+    return noise(d, r) * torch.logspace(-8, 0, r, dtype=torch.float64)
+
+
+def nearly_dependent(d, r):
+    """Columns that differ by a millionth."""
+    return noise(d, 1) + 1e-6 * noise(d, r, seed=1)
+
+
+def of_low_rank(d, r):
+    return noise(d, (r + 1) // 2) @ noise((r + 1) // 2, r, seed=1)
+
+
+def twice(d, r):
+    """Every row is there again, and could be the pivot as well."""
+    return noise((d + 1) // 2, r).repeat(2, 1)[:d]
+
+
+def graded(d, r):
+    """Rows that fall by eight powers of ten, so that the last are next to nothing."""
+    return torch.logspace(0, -8, d, dtype=torch.float64)[:, None] * noise(d, r)
+
+
+BASES = {
+    "random": noise,
+    "scaled": scaled,
+    "nearly dependent": nearly_dependent,
+    "of low rank": of_low_rank,
+    "twice": twice,
+    "graded": graded,
+    "zero": lambda d, r: torch.zeros(d, r, dtype=torch.float64),
+    "unit rows": lambda d, r: torch.eye(d, dtype=torch.float64)[:, :r],
+    "one column again and again": lambda d, r: noise(d, 1).expand(d, r).contiguous(),
+}
+bases = pytest.mark.parametrize("make", BASES.values(), ids=BASES)
+
+
+@shapes
+@bases
+def test_the_order_is_a_permutation_with_its_inverse_and_both_parts_rise(d, r, make):
+    order, B = pivots(make(d, r))
+    assert (order.shape, order.dtype, B.shape, B.dtype) == ((2, d), torch.int64, (d - r, r), torch.float64)
+    assert order[0].sort().values.tolist() == list(range(d))
+    assert torch.equal(order[1][order[0]], torch.arange(d))
+    for part in (order[0, :r], order[0, r:]):
+        assert (part.diff() > 0).all()
+
+
+@shapes
+@bases
+def test_the_pivots_span_the_other_rows(d, r, make):
+    """A basis of lower rank is no worse: some coefficients fit it all the same."""
+    basis = make(d, r)
+    order, B = pivots(basis)
+    first = basis[order[0]]
+    error = (first[r:] - B @ first[:r]).abs()
+    # the columns of a QR decomposition are right to some ε times their own length; so is a solve with pivots as good as these
+    assert (error <= 100 * d * 2**-52 * basis.norm(dim=0)).all()
+    again = torch.cat([first[:r], B @ first[:r]])[order[1]]
+    assert ((again - basis).abs() <= 100 * d * 2**-52 * basis.norm(dim=0)).all()
+
+
+@shapes
+@bases
+def test_no_coefficient_is_large_and_the_pivots_are_well_conditioned(d, r, make):
+    basis = make(d, r)
+    order, B = pivots(basis)
+    assert d == r or float(B.abs().max()) <= LARGEST
+    Q = torch.linalg.qr(basis).Q[order[0, :r]]
+    # with |B| ≤ L the rows Π [I; B] T of an orthonormal basis have TᵀT ≥ I / (1 + L² r (d − r))
+    assert float(torch.linalg.svdvals(Q)[-1]) >= (1 + LARGEST**2 * r * (d - r)) ** -0.5 * (1 - 1e-9)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_coefficients_are_small_for_bases_of_any_size(seed):
+    g = torch.Generator().manual_seed(seed)
+    d = int(torch.randint(20, 400, (), generator=g))
+    r = int(torch.randint(1, d, (), generator=g))
+    basis = noise(d, r, seed)
+    order, B = pivots(basis)
+    assert float(B.abs().max()) <= LARGEST
+    torch.testing.assert_close(B @ basis[order[0, :r]], basis[order[0, r:]], rtol=0, atol=1e-11)
+
+
+@shapes
+def test_of_a_square_basis_every_row_is_a_pivot(d, r):
+    order, B = pivots(noise(d, d))
+    assert order.tolist() == [list(range(d))] * 2
+    assert B.shape == (0, d)
+
+
+def test_a_basis_of_unit_rows_has_these_for_pivots():
+    basis = torch.zeros(9, 3, dtype=torch.float64)
+    basis[[7, 2, 4], [0, 1, 2]] = torch.tensor([3.0, -1e-6, 1e6], dtype=torch.float64)
+    order, B = pivots(basis)
+    assert order[0].tolist() == [2, 4, 7, 0, 1, 3, 5, 6, 8]
+    assert torch.equal(B, torch.zeros(6, 3, dtype=torch.float64))
+
+
+def test_the_basis_is_left_as_it_is():
+    basis = noise(12, 5)
+    before = basis.clone()
+    pivots(basis)
+    assert torch.equal(basis, before)
