@@ -15,19 +15,17 @@ import jactus
 from .. import rows as files
 from ..report import named, table, versions
 from .choice import SEEDS, Entry, chosen_rate, tried_rates
-from .matrix import FULL_RANK, FULL_UNITED, STAGES, UNITED, entry
+from .matrix import STAGES
 from .methods import variant
 from .store import Row
 from .tasks import TASKS, calibrated, prepared
 
 
 def chosen(rows: list[Row], tasks: list[str]) -> dict[tuple[str, str], dict[Entry, float]]:
-    """For each task and form of JACTUS that has tried a whole grid: its entries, one a budget, and the rates that were best."""
+    """For each task on which JACTUS has tried a whole grid: its entries, one a budget, and the rates that were best."""
     found: dict[tuple[str, str], dict[Entry, float]] = {}
-    known = ("jactus", FULL_RANK, UNITED, FULL_UNITED)
-    entries = (e for stage in STAGES.values() for e in stage() if e.task in tasks and e.method in known)
-    for place in dict.fromkeys((e.task, e.method, e.budget) for e in entries):
-        e = entry(*place)  # by its own grid, whatever rate it runs at
+    entries = (e for stage in STAGES.values() for e in stage() if e.task in tasks and e.method == "jactus" and e.grid)
+    for e in {(e.task, e.method, e.budget): e for e in entries}.values():
         if (best := chosen_rate(e, rows)) is not None:
             found.setdefault((e.task, e.method), {})[e] = best
     return found

@@ -8,7 +8,20 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import jactus
 from bench import rows as files
-from bench.cost import calibration, checks, figures, flops, growth, inference, planning, race, steps, store, subjects
+from bench.cost import (
+    calibration,
+    checks,
+    figures,
+    flops,
+    growth,
+    inference,
+    layers,
+    planning,
+    race,
+    steps,
+    store,
+    subjects,
+)
 from bench.cost import files as disk
 from bench.cost.__main__ import main, parts, run
 from jactus.planning.latency import Times
@@ -36,7 +49,7 @@ def small(monkeypatch):
     """The decoder for every subject, and no more rounds than a spread needs."""
     monkeypatch.setattr(subjects, "dense", tiny)
     subjects.planned.cache_clear()
-    for module in (steps, inference, calibration, planning, growth, disk):
+    for module in (steps, inference, layers, calibration, planning, growth, disk):
         monkeypatch.setattr(module, "race", lambda contenders, **_: race.race(contenders, rounds=(2, 2)))
     before = torch.get_num_threads()
     yield
@@ -256,3 +269,12 @@ def test_on_a_gpu_only_what_has_a_device_is_measured():
     assert set(parts("cuda")) < set(parts())
     measured = parts("cuda", ("vit-b",))["training"]
     assert {(s.model, s.device) for s in measured.args[0]} == {("vit-b", "cuda")}
+
+
+def test_a_deployed_layer_is_raced_against_its_pair_and_dense(monkeypatch):
+    monkeypatch.setattr(layers, "SHAPES", ((96, 128), (128, 96)))
+    rows = list(layers.layers())
+    places = {(r.measure, r.model, r.dtype, r.budget, r.against) for r in rows}
+    assert len(places) == len(rows) == 2 * 2 * 2 * 3
+    assert all(r.floor <= 0.8 for r in rows if r.against == "dense")
+    assert all(r.error < (1e-5 if r.dtype == "float32" else 6e-2) for r in rows)
