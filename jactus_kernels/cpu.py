@@ -62,7 +62,7 @@ def gather(x: Tensor, order: Tensor) -> Tensor:
     if x.element_size() != 2 or not x.is_floating_point():
         return x.index_select(-1, order)
     rows = x.reshape(-1, x.shape[-1])
-    out = torch.empty_like(rows)
+    out = torch.empty(rows.shape, dtype=x.dtype)
     for some, to in zip(rows.split(GATHERED), out.split(GATHERED)):
         to.copy_(some.float().index_select(-1, order))
     return out.view(x.shape)

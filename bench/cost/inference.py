@@ -10,7 +10,6 @@ from torch import nn
 from transformers import DynamicCache
 
 import jactus
-from jactus.planning.plans import Plan
 
 from ..report import named, versions
 from . import checks, flops, subjects
@@ -36,7 +35,7 @@ def prefill(settings: tuple[Setting, ...] = PREFILL) -> Iterator[Row]:
     for at in settings:
         torch.set_num_threads(at.threads)
         batch = subjects.unlabelled(subjects.batch(at.model, at.rows, at.length, at.device))
-        models, errors = _models(at, batch, subjects.planned(at.model), BUDGETS, at.autocast, torch.float32)
+        models, errors = _models(at, batch, _by_default(at), BUDGETS, at.autocast, torch.float32)
         work = {name: flops.forward(model, batch) for name, model in models.items()}
         times = race({name: forward(model, batch, at) for name, model in models.items()}, device=at.device)
         for budget, name in zip(BUDGETS, errors):
@@ -46,24 +45,34 @@ def prefill(settings: tuple[Setting, ...] = PREFILL) -> Iterator[Row]:
 
 def decode(settings: tuple[Setting, ...] = DECODE) -> Iterator[Row]:
     """One token after `length` others. Weights are stored in the dtype: reading them is what takes the time."""
-    return _decoding("decode", settings, lambda at: subjects.planned(at.model), BUDGETS)
+    return _decoding("decode", settings, _by_default, BUDGETS)
 
 
 def decode_timed(settings: tuple[Setting, ...] = TIMED) -> Iterator[Row]:
     """The same where the budget is of the time that the layers were measured to take for one token."""
     # Half the time is not to be had: the least rank of SmolLM2's small layers takes more.
-    return _decoding(
-        "decode, budget of time", settings, lambda at: subjects.timed(at.model, at.dtype, at.device), (0.9, 0.8)
-    )
+    return _decoding("decode, budget of time", settings, _by_time, (0.9, 0.8))
+
+
+Made = Callable[[float], nn.Module]  # the model compressed to a budget
+
+
+def _by_default(at: Setting) -> Made:
+    return lambda budget: subjects.ready(at.model, "jactus", budget)
+
+
+def _by_time(at: Setting) -> Made:
+    plan = subjects.timed(at.model, at.dtype, at.device)
+    return lambda budget: jactus.compress(subjects.dense(at.model), plan.at(budget))
 
 
 def _decoding(
-    measure: str, settings: tuple[Setting, ...], planned: Callable[[Setting], Plan], budgets: tuple[float, ...]
+    measure: str, settings: tuple[Setting, ...], making: Callable[[Setting], Made], budgets: tuple[float, ...]
 ) -> Iterator[Row]:
     for at in settings:
         torch.set_num_threads(at.threads)
         batch = subjects.unlabelled(subjects.batch(at.model, at.rows, at.length, at.device))
-        models, errors = _models(at, batch, planned(at), budgets, nullcontext, getattr(torch, at.dtype))
+        models, errors = _models(at, batch, making(at), budgets, nullcontext, getattr(torch, at.dtype))
         stored = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
         times = race({name: next_token(model, batch) for name, model in models.items()}, device=at.device)
         for budget, name in zip(budgets, errors):
@@ -75,7 +84,7 @@ def _decoding(
 def _models(
     at: Setting,
     batch: dict,
-    plan: Plan,
+    made: Made,
     budgets: tuple[float, ...],
     context: Callable[[], AbstractContextManager],
     stored: torch.dtype,
@@ -85,7 +94,7 @@ def _models(
     models, errors = {"dense": subjects.dense(at.model).to(at.device, stored)}, {}
     for budget in budgets:
         name = named("jactus", budget)
-        three = jactus.compress(subjects.dense(at.model), plan.at(budget)).to(at.device).eval()
+        three = made(budget).to(at.device).eval()
         folded = subjects.folded(three)
         errors[name] = checks.same_logits(three, folded, batch)
         models[name] = folded.to(stored)

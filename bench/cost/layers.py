@@ -14,7 +14,7 @@ from . import checks
 from .race import race, ratio
 from .store import Row, Setting, compared
 
-SHAPES = ((768, 768), (3072, 768), (768, 3072), (4096, 4096), (11008, 4096))  # ViT-B's, and two of a Llama-7B's
+SHAPES = ((768, 768), (3072, 768), (768, 3072), (4096, 4096))  # ViT-B's, and one of a Llama-7B's
 TOKENS = 512
 BUDGETS = (0.8, 0.5)
 

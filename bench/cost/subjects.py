@@ -41,10 +41,14 @@ def dense(name: str) -> nn.Module:
 
 def ready(name: str, method: str, budget: float = 1.0) -> nn.Module:
     """The model made ready to train: 'jactus' at a budget, or a method of bench.accuracy at its whole size."""
-    model = dense(name)
     if method == "jactus":
-        return jactus.compress(model, planned(name).at(budget))
-    return METHODS[method](model, Context(None, []), budget)
+        return copy.deepcopy(_compressed(name, budget))
+    return METHODS[method](dense(name), Context(None, []), budget)
+
+
+@functools.cache
+def _compressed(name: str, budget: float) -> nn.Module:
+    return jactus.compress(dense(name), planned(name).at(budget))
 
 
 @functools.cache

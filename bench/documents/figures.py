@@ -25,6 +25,7 @@ SHORT = {
     "at-35%": ("pairs/accuracy.md", "at a time, 35%: accuracy"),
     "language-at-80%": ("pairs/accuracy.md", "at a time, 80%: perplexity"),
     "pairs": ("pairs/accuracy.md", "training, %: text"),
+    "pairs-lead": ("pairs/accuracy.md", "ahead, text"),
     "pairs-perplexity": ("pairs/accuracy.md", "Perplexity"),
     "h100-lead": ("h100/accuracy.md", "ahead, text"),
     "rates": ("accuracy-rates.md", ""),

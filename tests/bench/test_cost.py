@@ -49,12 +49,14 @@ def small(monkeypatch):
     """The decoder for every subject, and no more rounds than a spread needs."""
     monkeypatch.setattr(subjects, "dense", tiny)
     subjects.planned.cache_clear()
+    subjects._compressed.cache_clear()
     for module in (steps, inference, layers, calibration, planning, growth, disk):
         monkeypatch.setattr(module, "race", lambda contenders, **_: race.race(contenders, rounds=(2, 2)))
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
     subjects.planned.cache_clear()
+    subjects._compressed.cache_clear()
 
 
 LINEAR = 4 * WIDE * WIDE + 3 * WIDE * INNER
