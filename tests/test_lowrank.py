@@ -182,7 +182,7 @@ def test_a_folded_layer_has_as_many_numbers_as_the_matrix_has_degrees_of_freedom
     folded = layer.folded()
     counted = sum(p.numel() for p in folded.parameters())
     assert counted == r * (m + n - r) + (0 if layer.bias is None else m)
-    wanted = ((m - r, r), (r, n)) if m <= n else ((m, r), (r, n - r))
+    wanted = ((m - r, r), (r, n)) if m <= n else ((m, r), (n - r, r))
     assert (folded.left.shape, folded.right.shape) == wanted
     assert {name: tuple(b.shape) for name, b in folded.named_buffers()} == {"order": (2, min(m, n))}
     assert folded.bias is layer.bias
@@ -193,7 +193,7 @@ def test_a_folded_layer_has_as_many_numbers_as_the_matrix_has_degrees_of_freedom
 def basis_with_its_identity(folded):
     """Π [I; B] and the other side, float64: the weight is their product, or its transpose for m > n."""
     left, right = folded.left.double(), folded.right.double()
-    B, far = (left, right.T) if folded.out_features <= folded.in_features else (right.T, left)
+    B, far = (left, right.T) if folded.out_features <= folded.in_features else (right, left)
     return torch.cat([torch.eye(folded.rank, dtype=torch.float64), B])[folded.order[1]], far
 
 

@@ -139,7 +139,5 @@ def _scatter(family: str, dtype: str, precision: str) -> Iterator[Variant]:
         shape = find_tile(name, family, DTYPES[dtype])
         constants = {"PRECISION": precision, "BT": shape.rows, cols: shape.cols, "BK": shape.step}
         unit = "x_stride_n" if name == "narrow" else "z_stride_r"
-        # narrow of B as training stores it, of a transposed one as a folded layer does
-        for label, unit_b in (("B", "b_stride_r"), ("Bt", "b_stride_w"))[: 2 if name == "narrow" else 1]:
-            given = _pointers(kernel, dtype) | {"p_order": "*i64", unit: "=1", unit_b: "=1", "unaligned": ("T", "w")}
-            yield _variant(f"{name} {label}", kernel, family, dtype, shape, constants, **given)
+        given = _pointers(kernel, dtype) | {"p_order": "*i64", unit: "=1", "b_stride_r": "=1", "unaligned": ("T", "w")}
+        yield _variant(name, kernel, family, dtype, shape, constants, **given)

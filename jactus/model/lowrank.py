@@ -195,7 +195,7 @@ class FoldedLinear(LowRankLinear):
     """y = x (left right)ᵀ + b of rank r: the deployed form, not for training.
 
     The side with fewer rows is stored without its r pivots, r(m+n−r) numbers in all: for m ≤ n left is (m − r, r), what the other
-    outputs are of the pivots', and right (r, n); else left is (m, r) and right (r, n − r), what the pivots among the inputs get
+    outputs are of the pivots', and right (r, n); else left is (m, r) and right (n − r, r), what the pivots among the inputs get
     from the others. `order` (2, min(m, n)) says where these are. Without `pivoted`, as layers of 0.1.0 are, left is (m, r)
     and right (r, n).
     """
@@ -213,9 +213,9 @@ class FoldedLinear(LowRankLinear):
         super().__init__(m, n, rank, transposed)
         self.pivoted = pivoted
         left = m - rank if pivoted and m <= n else m
-        right = n - rank if pivoted and m > n else n
+        right = (n - rank, rank) if pivoted and m > n else (rank, n)
         self.left = nn.Parameter(torch.empty(left, rank, dtype=dtype), requires_grad=False)
-        self.right = nn.Parameter(torch.empty(rank, right, dtype=dtype), requires_grad=False)
+        self.right = nn.Parameter(torch.empty(right, dtype=dtype), requires_grad=False)
         self.order: Tensor | None
         self.register_buffer("order", _order(min(m, n)) if pivoted else None)
         self.bias = nn.Parameter(torch.empty(m, dtype=dtype), requires_grad=False) if bias else None
@@ -226,12 +226,12 @@ class FoldedLinear(LowRankLinear):
             return kernels.folded_linear(input, left, right, bias)
         if self.out_features <= self.in_features:
             return kernels.widen(nn.functional.linear(input, right), left, self.order, bias)
-        return nn.functional.linear(kernels.narrow(input, right.T, self.order), left, bias)
+        return nn.functional.linear(kernels.narrow(input, right, self.order), left, bias)
 
     @torch.no_grad()
     def hold(self, order: Tensor, B: Tensor, far: Tensor, dtype: torch.dtype) -> None:
         """Take over W = Π [I; B] farᵀ for m ≤ n, else W = far (Π [I; B])ᵀ; far (max(m, n), r)."""
-        left, right = (B, far.T) if self.out_features <= self.in_features else (far, B.T)
+        left, right = (B, far.T) if self.out_features <= self.in_features else (far, B)
         self.order = order
         self.left = nn.Parameter(left.to(dtype).contiguous(), requires_grad=False)
         self.right = nn.Parameter(right.to(dtype).contiguous(), requires_grad=False)
@@ -243,7 +243,7 @@ class FoldedLinear(LowRankLinear):
         elif self.out_features <= self.in_features:
             W = torch.cat([right, left @ right])[self.order[1]]
         else:
-            W = torch.cat([left, left @ right], dim=1)[:, self.order[1]]
+            W = torch.cat([left, left @ right.T], dim=1)[:, self.order[1]]
         return W.to(dtype or self.left.dtype)
 
 
