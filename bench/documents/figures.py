@@ -26,12 +26,13 @@ SHORT = {
     "language-at-80%": ("pairs/accuracy.md", "at a time, 80%: perplexity"),
     "pairs": ("pairs/accuracy.md", "training, %: text"),
     "pairs-lead": ("pairs/accuracy.md", "ahead, text"),
+    "pairs-images-lead": ("pairs/accuracy.md", "ahead, images"),
     "pairs-perplexity": ("pairs/accuracy.md", "Perplexity"),
     "h100-lead": ("h100/accuracy.md", "ahead, text"),
     "rates": ("accuracy-rates.md", ""),
     "heads": ("accuracy-heads.md", ""),
     "grouped": ("accuracy-grouped.md", ""),
-    "memory": ("cost.md", "Memory"),
+    "memory": ("pairs/cost.md", "Memory"),
     "forward": ("kernels-h100.md", "forward"),
     "training": ("kernels-h100.md", "training"),
     "update": ("kernels-h100.md", "covariance"),
@@ -68,7 +69,7 @@ def matching(file: str, measure: str, conditions: Sequence[str]) -> list[Line]:
 def peaks(budget: str, against: str) -> str:
     """Least–most of JACTUS's peak memory of a training step over another method's."""
     by_setting: dict[tuple[str, str], dict[str, float]] = {}
-    for line in one_table("cost.md", "Memory"):
+    for line in one_table("pairs/cost.md", "Memory"):
         by_setting.setdefault((line["model"], line["batch"]), {})[line["method"]] = float(line["peak"])
     found = [peak[f"jactus {budget}"] / peak[against] for peak in by_setting.values()]
     return f"{min(found):.2f}–{max(found):.2f}"
@@ -145,6 +146,8 @@ KINDS: dict[str, Callable[..., str]] = {
     "families": lambda *what: families.counted(" ".join(what)),
     "span": span,
     "floor": functools.partial(span, column="floor"),
+    "pairs-ratio": functools.partial(ratio, file="pairs/cost.md"),
+    "pairs-span": functools.partial(span, file="pairs/cost.md"),
     "h100-ratio": functools.partial(ratio, file="h100/cost.md"),
     "h100-span": functools.partial(span, file="h100/cost.md"),
     "peaks": peaks,

@@ -38,8 +38,6 @@ def _kernels() -> str:
 # What `python -m bench.accuracy table > …`, `bench.cost table`, `bench.kernels.summary` write.
 FULL: dict[str, Callable[[], str]] = {
     "accuracy.md": functools.partial(_accuracy, RESULTS),
-    "h100/accuracy.md": functools.partial(_accuracy, RESULTS / "h100"),
-    "head-1e-4/accuracy.md": functools.partial(_accuracy, RESULTS / "head-1e-4"),
     "cost.md": functools.partial(_cost, RESULTS),
     "h100/cost.md": functools.partial(_cost, RESULTS / "h100"),
     "kernels-h100.md": _kernels,
