@@ -26,8 +26,8 @@ def test_every_file_is_what_the_command_would_write():
 
 def test_a_figure_that_was_changed_by_hand_is_put_right():
     assert (
-        rewritten("by <!--=lead jactus@80% lora-->+7<!--/-->.")
-        == "by <!--=lead jactus@80% lora-->+0.71 ± 0.27<!--/-->."
+        rewritten("by <!--=pairs-lead jactus@80% lora-->+7<!--/-->.")
+        == "by <!--=pairs-lead jactus@80% lora-->+0.71 ± 0.27<!--/-->."
     )
 
 
