@@ -16,36 +16,24 @@ from .errors import JactusError
 from .ops import working_dtype
 
 
-class _Narrow(torch.autograd.Function):
+class _WithoutPivots(torch.autograd.Function):
+    """`narrow`, or `widen` where `widens`: each is the other's gradient."""
+
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, B: Tensor, order: Tensor) -> Tensor:
-        return _of(x).narrow(x, B, order)
+    def forward(x: Tensor, B: Tensor, order: Tensor, widens: bool) -> Tensor:
+        of = _of(x)
+        return of.widen(x, B, order) if widens else of.narrow(x, B, order)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[1:])
+        _, B, order, ctx.widens = inputs
+        ctx.save_for_backward(B, order)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
-        return _Widen.apply(g, *ctx.saved_tensors), None, None
-
-
-class _Widen(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(z: Tensor, B: Tensor, order: Tensor) -> Tensor:
-        return _of(z).widen(z, B, order)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[1:])
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
-        return _Narrow.apply(g, *ctx.saved_tensors), None, None
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:
+        return _WithoutPivots.apply(g, *ctx.saved_tensors, not ctx.widens), None, None, None
 
 
 def _of(x: Tensor) -> Any:
@@ -63,7 +51,7 @@ def narrow(x: Tensor, B: Tensor, order: Tensor) -> Tensor:
     Raises JactusError for shapes or dtypes that do not fit, and for a B that requires grad.
     """
     dtype = _checked("narrow", x, x.shape[-1], B, order)
-    return _Narrow.apply(x.to(dtype), B.to(dtype), order)
+    return _WithoutPivots.apply(x.to(dtype), B.to(dtype), order, False)
 
 
 def widen(z: Tensor, B: Tensor, order: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -75,7 +63,7 @@ def widen(z: Tensor, B: Tensor, order: Tensor, bias: Tensor | None = None) -> Te
     Raises JactusError for shapes or dtypes that do not fit, and for a B that requires grad.
     """
     dtype = _checked("widen", z, sum(B.shape), B, order, bias)
-    y = _Widen.apply(z.to(dtype), B.to(dtype), order)
+    y = _WithoutPivots.apply(z.to(dtype), B.to(dtype), order, True)
     return y if bias is None else y + bias.to(dtype)
 
 

@@ -71,7 +71,6 @@ def narrow(x: Tensor, B: Tensor, order: Tensor) -> Tensor:
     return x[..., :r] + x[..., r:] @ B
 
 
-def widen(z: Tensor, B: Tensor, order: Tensor, bias: Tensor | None = None) -> Tensor:
-    """y = z (Π [I; B])ᵀ + b: z in the places of the pivots, z Bᵀ in the others'. z (..., r); y (..., d); bias (d,)."""
-    y = torch.cat([z, z @ B.T], dim=-1).index_select(-1, order[1])
-    return y if bias is None else y + bias
+def widen(z: Tensor, B: Tensor, order: Tensor) -> Tensor:
+    """y = z (Π [I; B])ᵀ: z in the places of the pivots, z Bᵀ in the others'. z (..., r); y (..., d)."""
+    return torch.cat([z, z @ B.T], dim=-1).index_select(-1, order[1])

@@ -15,7 +15,7 @@ from jactus_kernels import JactusError
 from .compressors import COMPRESSORS
 from .peers import METHODS, Context
 
-# Budgets are of the *deployed* size, r(m+n) a layer, so that a percentage means the same for every method.
+# Budgets are of the *deployed* size, r(m+n−r) a layer: the package's own default.
 CONFIG = jactus.JactusConfig()
 
 # Each method's grid for text classification, of equal size, around what its literature advises.

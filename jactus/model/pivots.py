@@ -23,10 +23,11 @@ def pivots(basis: Tensor) -> tuple[Tensor, Tensor]:
     Q = torch.linalg.qr(basis).Q  # the same span, well-conditioned whatever the lengths of the columns
     chosen = _eliminated(Q)
     if r < d:  # rows are chosen in float32, and the coefficients made in float64
-        Q32 = Q.float()
-        if not _by(Q32, chosen).abs().max() < WILD:
+        X = _by(Q.float(), chosen)
+        if not X.abs().max() < WILD:
             chosen = _eliminated(Q @ _rotation(r).to(Q))
-        chosen = _exchanged(Q32, chosen)
+            X = _by(Q.float(), chosen)
+        _exchange_(chosen, X)
     is_other = torch.ones(d, dtype=torch.bool, device=Q.device)
     is_other[chosen] = False
     first = torch.cat([chosen.sort().values, is_other.nonzero()[:, 0]])
@@ -61,12 +62,12 @@ def _rotation(r: int) -> Tensor:
     return torch.linalg.qr(torch.randn(r, r, generator=generator, dtype=torch.float64)).Q
 
 
-def _exchanged(Q: Tensor, chosen: Tensor) -> Tensor:
-    """Pivots exchanged for other rows, up to AT_ONCE together, while that makes their determinant larger."""
-    X = _by(Q, chosen)
+def _exchange_(chosen: Tensor, X: Tensor) -> None:
+    """Exchange pivots (r,) for other rows, up to AT_ONCE together, while that makes their determinant larger; X (d, r), every row
+    by the pivots, follows."""
     for _ in range(PASSES):
         largest, column = X.abs().max(dim=1)
-        leading = largest.topk(min(4 * AT_ONCE, len(Q)))
+        leading = largest.topk(min(4 * AT_ONCE, len(X)))
         found: dict[int, int] = {}  # pivot → row
         for i, size in zip(leading.indices.tolist(), leading.values.tolist()):
             if size > LARGEST and len(found) < AT_ONCE:
@@ -80,5 +81,4 @@ def _exchanged(Q: Tensor, chosen: Tensor) -> Tensor:
         block, rows = X[into][:, out], X[into]
         rows[torch.arange(len(out)), out] -= 1
         X -= X[:, out] @ torch.linalg.solve(block, rows)
-        chosen[out] = torch.tensor(into, device=Q.device)
-    return chosen
+        chosen[out] = torch.tensor(into, device=X.device)
