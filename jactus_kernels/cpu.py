@@ -51,30 +51,83 @@ def _lower_triangle_(S: Tensor, X: Tensor, alpha: float) -> None:
         S[i:j, :j].addmm_(X[:, i:j].T, X[:, :j], alpha=alpha)
 
 
-GATHERED = (
-    256  # rows at a time, so that their float32 copies stay in a cache (measured: a quarter of index_select's time)
-)
-
-
-def gather(x: Tensor, order: Tensor) -> Tensor:
-    """x (..., d) with its columns as `order` (d,) has them. Of 2-byte numbers torch gathers one at a time; of float32 it does
-    not, so they are gathered as float32."""
-    if x.element_size() != 2 or not x.is_floating_point():
-        return x.index_select(-1, order)
-    rows = x.reshape(-1, x.shape[-1])
-    out = torch.empty(rows.shape, dtype=x.dtype)
-    for some, to in zip(rows.split(GATHERED), out.split(GATHERED)):
-        to.copy_(some.float().index_select(-1, order))
-    return out.view(x.shape)
+PIECE = 1024  # tokens at a time, so that what lies between two products stays in a cache (measured)
+GATHERED = 256  # and of these, where their columns are gathered as float32 (measured: a quarter of index_select's time)
 
 
 def narrow(x: Tensor, B: Tensor, order: Tensor) -> Tensor:
-    """`reference.narrow`, with its own gather."""
-    r = B.shape[1]
-    flat = gather(x, order[0]).view(-1, x.shape[-1])
-    return torch.addmm(flat[:, :r], flat[:, r:], B).view(*x.shape[:-1], r)
+    """`reference.narrow`, a piece at a time."""
+    r, flat = B.shape[1], x.reshape(-1, x.shape[-1])
+    z, room = flat.new_empty(len(flat), r), _room(flat, flat.shape[1])
+    for some, to in zip(flat.split(PIECE), z.split(PIECE)):
+        _narrow(some, B, order, room, to)
+    return z.view(*x.shape[:-1], r)
 
 
 def widen(z: Tensor, B: Tensor, order: Tensor) -> Tensor:
-    """`reference.widen`, with its own gather."""
-    return gather(torch.cat([z, z @ B.T], dim=-1), order[1])
+    """`reference.widen`, a piece at a time."""
+    return _widened(z, None, B, order, None)
+
+
+def core_widen(z: Tensor, C: Tensor, B: Tensor, order: Tensor, bias: Tensor | None) -> Tensor:
+    """`reference.core_widen`, a piece at a time."""
+    return _widened(z, C, B, order, bias)
+
+
+def core_widen_backward(
+    g: Tensor, z: Tensor, C: Tensor, B: Tensor, order: Tensor, need_z: bool, need_C: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """`reference.core_widen_backward`, a piece at a time. g_C is summed in float32 or wider."""
+    (p, q), d = C.shape, g.shape[-1]
+    g, z = g.reshape(-1, d), z.reshape(-1, q)
+    g_z = z.new_empty(z.shape) if need_z else None
+    wide = torch.promote_types(C.dtype, torch.float32)
+    g_C = torch.zeros(p, q, dtype=wide) if need_C else None
+    room, of_z = _room(g, d), _room(g, p)
+    for i in range(0, len(g), PIECE):
+        piece = slice(i, i + PIECE)
+        g_h = _narrow(g[piece], B, order, room, of_z[: len(g[piece])])
+        if g_C is not None and g_C.dtype == C.dtype:
+            g_C.addmm_(g_h.T, z[piece])
+        elif g_C is not None:
+            g_C += g_h.T @ z[piece]
+        if g_z is not None:
+            torch.mm(g_h, C, out=g_z[piece])
+    return g_z, None if g_C is None else g_C.to(C.dtype)
+
+
+def _widened(z: Tensor, C: Tensor | None, B: Tensor, order: Tensor, bias: Tensor | None) -> Tensor:
+    d, r = order.shape[1], B.shape[1]
+    flat = z.reshape(-1, z.shape[-1])
+    y, room = flat.new_empty(len(flat), d), _room(flat, d)
+    for some, to in zip(flat.split(PIECE), y.split(PIECE)):
+        apart = room[: len(some)]
+        if C is None:
+            apart[:, :r] = some
+        else:
+            torch.mm(some, C.T, out=apart[:, :r])
+        torch.mm(apart[:, :r], B.T, out=apart[:, r:])
+        _gather(apart, order[1], to)
+        if bias is not None:
+            to += bias
+    return y.view(*z.shape[:-1], d)
+
+
+def _narrow(x: Tensor, B: Tensor, order: Tensor, room: Tensor, to: Tensor) -> Tensor:
+    r, apart = B.shape[1], room[: len(x)]
+    _gather(x, order[0], apart)
+    return torch.addmm(apart[:, :r], apart[:, r:], B, out=to)
+
+
+def _room(like: Tensor, columns: int) -> Tensor:
+    return like.new_empty(min(PIECE, len(like)), columns)
+
+
+def _gather(x: Tensor, order: Tensor, to: Tensor) -> None:
+    """Write x (T, d) into `to` with its columns as `order` (d,) has them. Of 2-byte numbers torch gathers one at a time; of
+    float32 it does not, so they are gathered as float32."""
+    if x.element_size() == 2:
+        for some, there in zip(x.split(GATHERED), to.split(GATHERED)):
+            there.copy_(some.float().index_select(1, order))
+    else:
+        torch.index_select(x, 1, order, out=to)

@@ -74,3 +74,21 @@ def narrow(x: Tensor, B: Tensor, order: Tensor) -> Tensor:
 def widen(z: Tensor, B: Tensor, order: Tensor) -> Tensor:
     """y = z (Π [I; B])ᵀ: z in the places of the pivots, z Bᵀ in the others'. z (..., r); y (..., d)."""
     return torch.cat([z, z @ B.T], dim=-1).index_select(-1, order[1])
+
+
+def core_widen(z: Tensor, C: Tensor, B: Tensor, order: Tensor, bias: Tensor | None) -> Tensor:
+    """y = z Cᵀ (Π [I; B])ᵀ + b: `widen` of z Cᵀ. z (..., q); C (p, q); B (d − p, p); y (..., d)."""
+    y = widen(linear(z, C), B, order)
+    return y if bias is None else y + bias
+
+
+def core_widen_backward(
+    g: Tensor, z: Tensor, C: Tensor, B: Tensor, order: Tensor, need_z: bool, need_C: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of `core_widen` for a frozen B: with s = g Π [I; B], g_z = s C and g_C = sᵀ z; None where not needed.
+
+    g (..., d); z (..., q).
+    """
+    s = narrow(g, B, order)
+    g_C = s.reshape(-1, s.shape[-1]).T @ z.reshape(-1, z.shape[-1]) if need_C else None
+    return s @ C if need_z else None, g_C

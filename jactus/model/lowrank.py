@@ -135,10 +135,11 @@ class CoreLinear(LowRankLinear):
                 C = T_U.to(C.dtype) @ C @ T_V.to(C.dtype).T
         B_U, C, B_V, T_U, T_V, bias = in_dtype_of(input, self.U[p:], C, self.V[q:], T_U, T_V, bias)
         h = input if self.columns is None else kernels.narrow(input, B_V, self.columns)
-        z = nn.functional.linear(h @ T_V, C) @ T_U.T if few else nn.functional.linear(h, C)
+        if few:
+            h, C = nn.functional.linear(h @ T_V, C), T_U
         if self.rows is None:
-            return z if bias is None else z + bias.to(z.dtype)
-        return kernels.widen(z, B_U, self.rows, bias)
+            return nn.functional.linear(h, C, bias)
+        return kernels.widen(h, B_U, self.rows, bias, C)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (f", width={self.width}" if self.width > self.rank else "")
@@ -225,7 +226,7 @@ class FoldedLinear(LowRankLinear):
         if self.order is None:
             return kernels.folded_linear(input, left, right, bias)
         if self.out_features <= self.in_features:
-            return kernels.widen(nn.functional.linear(input, right), left, self.order, bias)
+            return kernels.widen(input, left, self.order, bias, right)
         return nn.functional.linear(kernels.narrow(input, right, self.order), left, bias)
 
     @torch.no_grad()
