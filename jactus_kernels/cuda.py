@@ -14,7 +14,8 @@ from .launches import Shape
 def uses_triton(op: str, device: torch.device, dtype: torch.dtype, shape: Shape) -> bool:
     """What the policy says of an operator there."""
     index = torch.cuda.current_device() if device.index is None else device.index
-    return policy.for_device(op, shape, dtype, index).backend == "triton"
+    captured = torch.cuda.is_current_stream_capturing()
+    return policy.for_device(op, shape, dtype, index, captured).backend == "triton"
 
 
 def _uses_triton(op: str, x: Tensor, m: int, n: int, r: int) -> bool:

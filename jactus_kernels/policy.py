@@ -1,7 +1,8 @@
 """Which implementation runs for which shape: the roofline model's choice, corrected by measurements.
 
-A measurement file (`measured/<device>.csv`, written by `make gpu`) holds, per shape, the microseconds of an eager call of both
-implementations, launching included. A prediction is scaled by what the nearest measured shape of the same operator took against
+A measurement file (`measured/<device>.csv`, written by `make gpu`) holds, per shape, the microseconds of a call of both
+implementations: eager, launching included, and captured in a CUDA graph, where launching is free. A call that is being captured goes by
+the latter. A prediction is scaled by what the nearest measured shape of the same operator took against
 its own prediction, so a measured shape is decided by its measurement. A GPU without a file of its own takes that of its family,
 or else of whichever was measured. JACTUS_POLICY names another file, or is "none".
 """
@@ -33,7 +34,7 @@ OPERATORS = (
 )
 MARGIN = 0.95  # the kernel must be predicted this much faster: between equals, the vendor's library
 MEASURED = Path(__file__).parent / "measured"
-COLUMNS = ("op", "dtype", "T", "m", "n", "r", "triton_us", "torch_us")  # of a measurement file
+COLUMNS = ("op", "dtype", "T", "m", "n", "r", "triton_us", "torch_us", "mode")  # of a measurement file
 # A training step of a layer is measured whole: its forward, that keeps h, and its backward.
 PASSES = {"training": ("core_linear_train", "core_linear_backward")}
 MEASURED_AS = {op: whole for whole, ops in PASSES.items() for op in ops}
@@ -71,11 +72,12 @@ def explain(
     r: int = 0,
     dtype: torch.dtype = torch.bfloat16,
     gpu: str | None = None,
+    captured: bool = False,
 ) -> Decision:
     """Which backend `op` would run on for a shape, and why; print the result to read it.
 
     op: one of OPERATORS; T tokens, m outputs, n inputs, r rank; gpu: a name such as "H100", by default the current
-    CUDA device. The settings in force (JACTUS_BACKEND, `use`, torch's own of TF32) are honoured.
+    CUDA device; captured: in a CUDA graph. The settings in force (JACTUS_BACKEND, `use`, torch's own of TF32) are honoured.
 
     Raises JactusError for an operator or a GPU that is not known.
     """
@@ -87,15 +89,15 @@ def explain(
         known = find_gpu(gpu)
         if known is None:
             raise JactusError(f"explain: no data sheet for {gpu!r}; there are {', '.join(g.name for g in GPUS)}")
-        return decide(op, shape, dtype, known.name, known.family, settings.current())
+        return decide(op, shape, dtype, known.name, known.family, settings.current(), captured)
     if not torch.cuda.is_available():
         return Decision(op, "torch", "there is no GPU here (pass gpu= to ask about one)")
-    return for_device(op, shape, dtype, torch.cuda.current_device())
+    return for_device(op, shape, dtype, torch.cuda.current_device(), captured)
 
 
-def for_device(op: str, shape: Shape, dtype: torch.dtype, index: int) -> Decision:
+def for_device(op: str, shape: Shape, dtype: torch.dtype, index: int, captured: bool = False) -> Decision:
     """`decide` for a CUDA device of this process; asked on every call, so lengths that differ little are decided alike."""
-    return decide(op, _coarse(shape), dtype, _name(index), find_family_of(index), settings.current())
+    return decide(op, _coarse(shape), dtype, _name(index), find_family_of(index), settings.current(), captured)
 
 
 def _coarse(shape: Shape) -> Shape:
@@ -112,11 +114,17 @@ def _name(index: int) -> str:
 
 
 def decide(
-    op: str, shape: Shape, dtype: torch.dtype, name: str, family: str | None, asked: settings.Settings
+    op: str,
+    shape: Shape,
+    dtype: torch.dtype,
+    name: str,
+    family: str | None,
+    asked: settings.Settings,
+    captured: bool = False,
 ) -> Decision:
     """The decision for one shape on a named device, under these settings, torch's and the environment's."""
-    tf32 = dtype == torch.float32 and _torch_uses_tf32()
-    return _decide(op, shape, dtype, name, family, asked, "tf32" if tf32 else "ieee", os.environ.get("JACTUS_POLICY"))
+    precision = "tf32" if dtype == torch.float32 and _torch_uses_tf32() else "ieee"
+    return _decide(op, shape, dtype, name, family, asked, precision, os.environ.get("JACTUS_POLICY"), captured)
 
 
 @lru_cache(maxsize=1 << 16)
@@ -129,6 +137,7 @@ def _decide(
     asked: settings.Settings,
     torch_precision: str,
     file: str | None,
+    captured: bool,
 ) -> Decision:
     if asked.backend == "torch":
         return Decision(op, "torch", "JACTUS_BACKEND or use(backend=...) says so")
@@ -138,8 +147,8 @@ def _decide(
             raise JactusError(f"{op}: backend {asked.backend} was asked for, but {lacking}; use auto or torch")
         return Decision(op, "torch", lacking)
     ours, theirs = _launches(op, shape, gpu, asked), torch_launches(op, shape)
-    predicted = _predicted(op, shape, gpu, asked, torch_precision)
-    scales, where = _corrections(op, shape, gpu, _file(file, name, family))
+    predicted = _predicted(op, shape, gpu, asked, torch_precision, captured)
+    scales, where = _corrections(op, shape, gpu, _file(file, name, family), captured)
     triton_us, torch_us = (us * scale for us, scale in zip(predicted, scales))
     kind, precision = _kind(shape), resolve_precision(asked.fp32, family)
     least = min(floor(ours, gpu, kind, precision), floor(theirs, gpu, kind, torch_precision))
@@ -176,27 +185,30 @@ def _kind(shape: Shape) -> str:
     return "half" if shape.itemsize == 2 else "fp32"
 
 
-def _predicted(op: str, shape: Shape, gpu: Gpu, asked: settings.Settings, torch_precision: str) -> tuple[float, float]:
+def _predicted(
+    op: str, shape: Shape, gpu: Gpu, asked: settings.Settings, torch_precision: str, captured: bool
+) -> tuple[float, float]:
     """Microseconds of the kernels and of torch, as the roofline model has them; for "training", of both its passes."""
     precision, ours, theirs = resolve_precision(asked.fp32, gpu.family), 0.0, 0.0
     for part in PASSES.get(op, (op,)):
-        ours += predict(_launches(part, shape, gpu, asked), gpu, _kind(shape), precision, torch_precision)
-        theirs += predict(torch_launches(part, shape), gpu, _kind(shape), precision, torch_precision)
+        how = (gpu, _kind(shape), precision, torch_precision, captured)
+        ours += predict(_launches(part, shape, gpu, asked), *how)
+        theirs += predict(torch_launches(part, shape), *how)
     return ours, theirs
 
 
-def _corrections(op: str, shape: Shape, gpu: Gpu, file: Path | None) -> tuple[tuple[float, float], str]:
+def _corrections(op: str, shape: Shape, gpu: Gpu, file: Path | None, captured: bool) -> tuple[tuple[float, float], str]:
     """Measured over predicted time of both backends at the nearest measured shape, and where the claim comes from."""
-    found = _measurements(file) if file else {}
+    found, mode = _measurements(file) if file else {}, "graph" if captured else "eager"
     op = MEASURED_AS.get(op, op)
     kind, other = ("half", "fp32") if shape.itemsize == 2 else ("fp32", "half")
-    rows = found.get((op, kind)) or found.get((op, other))
+    rows = found.get((op, kind, mode)) or found.get((op, other, mode))
     if file is None or not rows:
         return (1.0, 1.0), "the roofline model, not a measurement, predicts"
     wanted = _logarithms(shape)
     near = min(rows, key=lambda row: sum(abs(a - b) for a, b in zip(row.logarithms, wanted)))
     on = find_gpu(file.stem.upper()) or gpu
-    triton_us, torch_us = _predicted(op, near.shape, on, AS_MEASURED, "ieee")
+    triton_us, torch_us = _predicted(op, near.shape, on, AS_MEASURED, "ieee", captured)
     exact = near.logarithms == wanted and near.shape.itemsize == shape.itemsize
     where = "measured here:" if exact else "the nearest measured shape corrects the prediction to"
     if on.name != gpu.name:
@@ -228,9 +240,9 @@ def _file(asked: str | None, name: str, family: str) -> Path | None:
 
 
 @lru_cache(maxsize=16)
-def _measurements(path: Path) -> dict[tuple[str, str], list[_Measured]]:
-    """The rows of a file by operator, and "half" or "fp32"."""
-    found: dict[tuple[str, str], list[_Measured]] = {}
+def _measurements(path: Path) -> dict[tuple[str, str, str], list[_Measured]]:
+    """The rows of a file by operator, "half" or "fp32", and "eager" or "graph"; those of before there was a mode are eager."""
+    found: dict[tuple[str, str, str], list[_Measured]] = {}
     try:
         with path.open(newline="") as file:
             for row in csv.DictReader(file):
@@ -239,7 +251,8 @@ def _measurements(path: Path) -> dict[tuple[str, str], list[_Measured]]:
                 times = float(row["triton_us"]), float(row["torch_us"])
                 if min(times) <= 0:
                     raise ValueError(f"a time of {min(times)}")
-                found.setdefault((row["op"], row["dtype"]), []).append(_Measured(shape, _logarithms(shape), *times))
+                key = (row["op"], row["dtype"], row.get("mode") or "eager")
+                found.setdefault(key, []).append(_Measured(shape, _logarithms(shape), *times))
     except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
         raise JactusError(
             f"{path}: not a measurement file of `make gpu` ({error!r}); name another in JACTUS_POLICY, or none, or "

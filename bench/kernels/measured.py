@@ -67,21 +67,21 @@ def table(rows: list[dict[str, Any]]) -> list[tuple]:
 
 
 def policy_rows(rows: list[dict[str, Any]]) -> list[tuple]:
-    """Kernel against the fastest torch provider for every shape that was timed eagerly.
+    """Kernel against the fastest torch provider for every shape, eagerly and captured.
 
     The fastest round of each: what else the host did during a round is no reason to prefer the other.
     """
     times: dict[tuple, dict[str, float]] = {}
-    for row in (row for row in rows if row["mode"] == "eager"):
+    for row in rows:
         dtype = "fp32" if row["dtype"] == "float32" else "half"
-        key = (row["op"], dtype, *(row[size] for size in ("T", "m", "n", "r")))
+        key = (row["mode"], row["op"], dtype, *(row[size] for size in ("T", "m", "n", "r")))
         times.setdefault(key, {})[row["provider"]] = row["least_us"]
     made = []
     for timed, op, ours, theirs in DECIDED:
-        for (what, *shape), found in times.items():
+        for (mode, what, *shape), found in times.items():
             if what == timed and ours in found and (others := [found[name] for name in theirs if name in found]):
-                made.append((op, *shape, round(found[ours], 2), round(min(others), 2)))
-    return made
+                made.append((op, *shape, round(found[ours], 2), round(min(others), 2), mode))
+    return sorted(made, key=lambda row: row[-1])
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import jactus_kernels as jk
-from jactus_kernels import launches, policy, roofline, settings
+from jactus_kernels import cuda, launches, policy, roofline, settings
 from jactus_kernels.tiles import SHARED_LIMIT, find_tile
 
 LAYER = {"m": 4096, "n": 4096, "gpu": "H100"}
@@ -102,6 +102,40 @@ def test_a_measurement_overrules_the_model(monkeypatch, tmp_path):
     other = jk.explain("core_linear", **{**shape, "gpu": "A100"})
     assert "another GPU, H100" in other.reason
     assert other.triton_us / other.torch_us == pytest.approx(after.triton_us / after.torch_us, rel=0.5)
+
+
+def test_a_captured_call_goes_by_captured_measurements_and_pays_no_host(monkeypatch, tmp_path):
+    size, shape = (1, 4096, 4096, 64), {"T": 1, "r": 64, **LAYER}
+    rows = ("core_linear", "half", *size, 90, 40, "eager"), ("core_linear", "half", *size, 10, 20, "graph")
+    monkeypatch.setenv("JACTUS_POLICY", written(tmp_path / "h100.csv", *rows))
+    eager, captured = (jk.explain("core_linear", captured=c, **shape) for c in (False, True))
+    assert (eager.backend, captured.backend) == ("torch", "triton")
+    assert (eager.triton_us, captured.triton_us) == (pytest.approx(90), pytest.approx(10))
+    monkeypatch.setenv("JACTUS_POLICY", "none")
+    eager, captured = (jk.explain("widen", T=64, m=768, n=256, r=256, gpu="H100", captured=c) for c in (False, True))
+    assert eager.triton_us == roofline.KERNEL_HOST_US  # one launch, of which the device sees little
+    assert eager.torch_us == 2 * roofline.LIBRARY_HOST_US
+    assert captured.triton_us < eager.triton_us / 4
+
+
+def test_while_a_stream_is_captured_the_policy_is_asked_of_a_captured_call(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        policy, "for_device", lambda *args: asked.append(args[-1]) or policy.Decision("widen", "torch", "")
+    )
+    for capturing in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
+        cuda.uses_triton("widen", torch.device("cuda", 0), torch.bfloat16, launches.Shape(1, 8, 4, 4))
+    assert asked == [True, False]
+
+
+def test_rows_from_before_there_was_a_mode_are_eager(monkeypatch, tmp_path):
+    old = [",".join(policy.COLUMNS[:-1]), "core_linear,half,2048,4096,4096,128,30,60"]
+    path = tmp_path / "h100.csv"
+    path.write_text("\n".join(old))
+    monkeypatch.setenv("JACTUS_POLICY", str(path))
+    assert "measured here" in jk.explain("core_linear", T=2048, r=128, **LAYER).reason
+    assert "roofline" in jk.explain("core_linear", T=2048, r=128, captured=True, **LAYER).reason
 
 
 def test_what_was_measured_decides_and_other_gpus_of_the_family_go_by_it():
