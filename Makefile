@@ -59,9 +59,11 @@ kernels-check: $(KERNELS)/.ready
 	$(PY) -m bench.kernels.roofline_table --out bench/results/kernels-roofline.csv
 	$(PY) -m pytest bench/kernels --benchmark-disable
 
-# Needs a GPU: values, then times, then the table from which the policy chooses.
+# Needs a GPU: values, then training steps of ViT-B and a Llama-7B block, eager and captured, then the times of the kernels
+# and the table from which the policy chooses.
 gpu: $(VENV)/.ready
 	$(PY) -m pytest tests/kernels tests/test_gpu.py
+	$(PY) -m bench.cost run --device cuda --part training --model vit-b --model llama-7b
 	$(PY) -m pytest bench/kernels --benchmark-json out/kernels-gpu.json
 	$(PY) -m bench.kernels.measured out/kernels-gpu.json
 

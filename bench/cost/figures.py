@@ -17,6 +17,7 @@ TARGETS = {
     ("training step", "lora", 0.5): 0.60,
     ("training step", "full", 0.8): 0.62,
     ("training step", "full", 0.5): 0.45,
+    ("training step, captured", "full", 0.8): 0.75,
     ("training step", "dora", 0.8): 0.60,
     ("training step", "dora", 0.5): 0.45,
     ("prefill", "dense", 0.8): 1 / 1.25,

@@ -61,6 +61,19 @@ def ratio(ours: list[float], theirs: list[float]) -> Ratio:
     return Ratio(middle, (high - low) / 2)
 
 
+def captured(run: Callable[[], Any]) -> Callable[[], None]:
+    """`run` as one CUDA graph, its replay as a function; run once before, so that what it makes at first is there."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
 def _timed(run: Callable[[], Any], device: str) -> float:
     if device == "cuda":
         torch.cuda.synchronize()

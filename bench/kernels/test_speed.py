@@ -11,6 +11,7 @@ import torch
 
 import jactus_kernels as jk
 
+from ..cost.race import captured
 from . import cases
 
 EPS = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 2**-23}
@@ -39,19 +40,6 @@ def calls_in_a_round(call, least):
     synchronize()
     most = CALLS if cases.ON_GPU else 1
     return max(1, least, min(most, int(ROUND / (time.perf_counter() - started))))
-
-
-def captured(calls):
-    """The calls as one CUDA graph, its replay as a function."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        calls()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        calls()
-    return graph.replay
 
 
 def timed(benchmark, op, case, dtype, provider, call, mode, copies=1):
