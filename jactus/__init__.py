@@ -8,6 +8,7 @@ A room for each step of the method, from the ground up; each folder's docstring 
     calibration/       step 1: covariances of every layer from a few batches
     planning/          steps 2 to 4: directions, their union, a rank for every layer
     compression/       steps 5 and 6: put the factors in, choose what trains, fold, merge
+    export/            a model in forms that need no jactus
     pipeline           the one line, `adapt`; cli, report: on top of all
 """
 
@@ -19,8 +20,10 @@ from .calibration.statistics import Statistics
 from .checkpoints.checkpoint import load_cores, save_cores, save_pretrained
 from .compression.coordinates import learning_rate
 from .compression.surgery import compress, fold, merge
+from .compression.tasks import Tasks
 from .compression.trainable import mark_trainable, parameter_groups
 from .config import JactusConfig
+from .export.exporter import can_export, export_model
 from .model.lowrank import CoreLinear, FoldedLinear
 from .options import Allocation, Budget, Core
 from .pipeline import adapt
@@ -39,9 +42,12 @@ __all__ = [
     "JactusError",
     "Plan",
     "Statistics",
+    "Tasks",
     "adapt",
     "calibrate",
+    "can_export",
     "compress",
+    "export_model",
     "fit_head",
     "fold",
     "learning_rate",

@@ -14,8 +14,8 @@ import jactus
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-@pytest.fixture
-def tiny(tmp_path):
+def tiny_encoder(path):
+    """An encoder with its tokenizer: the head is fresh, as for a user."""
     words = ["[PAD]", "[UNK]", "good", "bad", "film", "a", "very"]
     base = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
     base.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -23,8 +23,13 @@ def tiny(tmp_path):
         tokenizer_object=base, pad_token="[PAD]", unk_token="[UNK]", model_max_length=16
     )
     config = BertConfig(vocab_size=64, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=96)
-    BertModel(config).save_pretrained(tmp_path / "model")  # an encoder: the head is fresh, as for a user
-    tokenizer.save_pretrained(tmp_path / "model")
+    BertModel(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    tiny_encoder(tmp_path / "model")
     rows = [
         {"text": f"a {'very ' * (i % 3)}{w} film", "label": w == "good"} for i in range(12) for w in ("good", "bad")
     ]

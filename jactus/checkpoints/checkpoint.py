@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -92,19 +93,39 @@ def save_cores(model: nn.Module, path: str | os.PathLike) -> None:
 
     Raises JactusError when the model has no three-factor layer, or the disk refuses.
     """
-    bases = _bases(model)
+    tensors = task_of(model)
+    storage.write(path, "cores", tensors, {"bases": _bases(model), "state": sorted(_state(model))})
+
+
+def task_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The model's own tensors that are written: what trains, the head, and what training changes besides.
+
+    Raises JactusError when the model has no three-factor layer.
+    """
+    _refuse_coreless(model)
     names = _task_names(model) | set(head_parameters(model))
-    tensors = {name: p.detach() for name, p in model.named_parameters() if name in names}
-    storage.write(path, "cores", tensors | _state(model), {"bases": bases, "state": sorted(_state(model))})
+    return {name: p.detach() for name, p in model.named_parameters() if name in names} | _state(model)
 
 
-@torch.no_grad()
 def load_cores(model: nn.Module, path: str | os.PathLike) -> None:
     """Put another task's cores (and head, …) into a model with the same bases, in place.
 
     Nothing is changed unless all of it fits. Raises JactusError when the file is of other bases or of other shapes, or
     lacks something that trains in this model.
     """
+    put_task(model, read_cores(model, path))
+
+
+@torch.no_grad()
+def put_task(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Copy a task's tensors into the model's own of those names."""
+    own: dict[str, torch.Tensor] = dict(model.named_parameters()) | _state(model)
+    for name, tensor in tensors.items():
+        own[name].copy_(tensor)
+
+
+def read_cores(model: nn.Module, path: str | os.PathLike) -> dict[str, torch.Tensor]:
+    """What `save_cores` wrote, by name, once it is sure to fit the model. Raises JactusError as `load_cores` does."""
     tensors, meta = storage.read(path, "cores")
     bases = _bases(model)
     for name in sorted(set(bases) | set(meta["bases"])):
@@ -129,8 +150,7 @@ def load_cores(model: nn.Module, path: str | os.PathLike) -> None:
             f"{path} does not fit: it has no {missing[0]} (nor {len(missing) - 1} others), which would stay another task's; "
             "load it into a model compressed with the same trainable_rank, in which the same extras train"
         )
-    for name, tensor in tensors.items():
-        parameters[name].copy_(tensor)
+    return tensors
 
 
 def _state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -160,8 +180,11 @@ def _core_names(model: nn.Module) -> set[str]:
 
 
 def _bases(model: nn.Module) -> dict[str, list[str]]:
-    layers = core_layers(model)
-    if not layers:
-        raise JactusError(f"{type(model).__name__} has no three-factor layer, hence no cores to swap")
-    held = {name: (layer.U, layer.V, layer.rows, layer.columns) for name, layer in layers.items()}
+    _refuse_coreless(model)
+    held = {name: (layer.U, layer.V, layer.rows, layer.columns) for name, layer in core_layers(model).items()}
     return {name: [fingerprint(t) for t in parts if t is not None] for name, parts in held.items()}
+
+
+def _refuse_coreless(model: nn.Module) -> None:
+    if not core_layers(model):
+        raise JactusError(f"{type(model).__name__} has no three-factor layer, hence no cores to swap")
