@@ -33,20 +33,19 @@ def test_generate_of_a_reloaded_folded_model(folded_llama, how):
         )
 
 
+def energy(model, batch):
+    """A loss that everything in an encoder has a part in."""
+    outputs = model(**batch)
+    return outputs.last_hidden_state.square().sum() + outputs.pooler_output.square().sum(), 1
+
+
 @pytest.fixture
 def encoder(tmp_path):
     """A folded encoder with its tokenizer, as a folder; and the batch by which it was compressed."""
     tiny_encoder(tmp_path / "dense")
     dense = BertModel.from_pretrained(tmp_path / "dense")
     batches = [{k: v for k, v in b.items() if k != "labels"} for b in BERT.batches(rows=16)]
-    jactus.adapt(
-        dense,
-        batches,
-        0.7,
-        loss=lambda m, b: (m(**b).last_hidden_state.square().sum(), 1),
-        verify=False,
-        progress=False,
-    )
+    jactus.adapt(dense, batches, 0.7, EVERY, loss=energy, verify=False, progress=False)
     jactus.save_pretrained(jactus.fold(dense.eval()), tmp_path / "small")
     from transformers import AutoTokenizer
 
