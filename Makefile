@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: demo demo-lm bench test lint clean kernels-check gpu families
+.PHONY: demo demo-lm bench test lint clean package kernels-check gpu families
 
 $(VENV)/.ready: setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -26,6 +26,10 @@ bench: $(VENV)/.ready
 
 test: $(VENV)/.ready
 	$(PY) -m pytest
+
+# An sdist, the wheel made from it, and the wheel in an environment of its own.
+package: $(VENV)/.ready
+	$(PY) -m pytest -m slow tests/test_package.py
 
 lint: $(VENV)/.ready
 	$(PY) -m ruff check .

@@ -2,6 +2,9 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+EXPORT = ["onnx", "onnxscript", "onnxruntime"]
+ECOSYSTEM = ["peft", "sentence-transformers", "trl"]
+
 setup(
     name="jactus-kernels",
     version="0.1.0",
@@ -27,7 +30,9 @@ setup(
     ],
     extras_require={
         "examples": ["pillow", "psutil"],
-        "test": ["pytest", "pytest-benchmark", "pillow", "psutil"],
+        "export": EXPORT,
+        "ecosystem": ECOSYSTEM,  # what tests/test_ecosystem_*.py tries the package with
+        "test": ["pytest", "pytest-benchmark", "pillow", "psutil", "setuptools>=70.1", *EXPORT, *ECOSYSTEM],
         # PEFT's CorDA imports attrs without declaring it
         "bench": ["peft", "attrs", "eigentune==0.2.0", "filelock", "gguf"],
         "lint": ["ruff==0.17.6", "mypy==2.4.1"],
