@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: demo demo-lm bench test lint clean package kernels-check gpu families
+.PHONY: demo demo-lm bench test slow lint clean package kernels-check gpu families
 
 $(VENV)/.ready: setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -26,6 +26,10 @@ bench: $(VENV)/.ready
 
 test: $(VENV)/.ready
 	$(PY) -m pytest
+
+# Every test that `make test` leaves out: each mode of torch.compile, more graphs, and the package.
+slow: $(VENV)/.ready
+	$(PY) -m pytest -m slow
 
 # An sdist, the wheel made from it, and the wheel in an environment of its own.
 package: $(VENV)/.ready

@@ -9,13 +9,13 @@ from torch import nn
 from jactus.model.lowrank import core_layers
 from tests.models import BERT, EVERY, compressed
 
-SLOW = pytest.mark.slow
-MODES = [
-    pytest.param({}, id="default"),
-    pytest.param({"dynamic": True}, id="dynamic", marks=SLOW),
-    pytest.param({"mode": "reduce-overhead"}, id="reduce-overhead", marks=SLOW),  # a CPU has no graphs: it does no harm
-    pytest.param({"mode": "max-autotune"}, id="max-autotune", marks=SLOW),
-]
+pytestmark = pytest.mark.slow  # half a minute of a C++ compiler each; test_families compiles a model without one
+MODES = {
+    "default": {},
+    "dynamic": {"dynamic": True},
+    "reduce-overhead": {"mode": "reduce-overhead"},  # a CPU has no graphs to capture: it does no harm
+    "max-autotune": {"mode": "max-autotune"},
+}
 
 
 def every_form():
@@ -44,9 +44,9 @@ def test_a_mode_compiles_whole_and_changes_nothing_but_rounding(mode, dtype):
     chain = every_form().to(dtype)
     assert all(layer.core.requires_grad for layer in core_layers(chain).values())
     exact = copy.deepcopy(chain).double()
-    compiled = torch.compile(chain, fullgraph=True, **mode)
+    compiled = torch.compile(chain, fullgraph=True, **MODES[mode])
     g = torch.Generator().manual_seed(0)
-    for tokens in (5, 9, 6) if mode.get("dynamic") else (5,):
+    for tokens in (5, 9, 6) if mode == "dynamic" else (5,):
         x = torch.randn(tokens, 16, generator=g).to(dtype)
         right = run(exact, exact, x.double())
         plain, found = run(chain, chain, x), run(compiled, chain, x)
