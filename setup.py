@@ -4,6 +4,7 @@ from setuptools import find_packages, setup
 
 EXPORT = ["onnx", "onnxscript", "onnxruntime"]
 ECOSYSTEM = ["peft", "sentence-transformers", "trl"]
+PAGES = ["playwright", "nbclient", "ipykernel"]  # to open pages in Chromium, and to run the notebook
 
 setup(
     name="jactus-kernels",
@@ -14,7 +15,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["jactus", "jactus.*", "jactus_kernels", "jactus_kernels.*"]),
-    package_data={"jactus": ["py.typed"], "jactus_kernels": ["py.typed", "measured/*.csv"]},
+    package_data={"jactus": ["py.typed", "app/page.html", "app/page.css"], "jactus_kernels": ["py.typed", "measured/*.csv"]},
     entry_points={"console_scripts": ["jactus = jactus.cli:main"]},
     # A lower bound only: an installed torch satisfies it and is never replaced.
     install_requires=[
@@ -26,13 +27,14 @@ setup(
         "numpy",
         "tqdm",
         "matplotlib",
+        "jinja2",  # the page of a run
         "xxhash",  # checkpoint digests at memory speed; sha256 would double the time of a load
     ],
     extras_require={
         "examples": ["pillow", "psutil"],
         "export": EXPORT,
         "ecosystem": ECOSYSTEM,  # what tests/test_ecosystem_*.py tries the package with
-        "test": ["pytest", "pytest-benchmark", "pillow", "psutil", "setuptools>=70.1", *EXPORT, *ECOSYSTEM],
+        "test": ["pytest", "pytest-benchmark", "pillow", "psutil", *PAGES, "setuptools>=70.1", *EXPORT, *ECOSYSTEM],
         # PEFT's CorDA imports attrs without declaring it
         "bench": ["peft", "attrs", "eigentune==0.2.0", "filelock", "gguf"],
         "lint": ["ruff==0.17.6", "mypy==2.4.1"],
