@@ -15,8 +15,8 @@ from ..report import places
 from . import charts, words
 from .record import Layer, Run, Score, Swept, Version
 
-TOLERATED = 0.02  # nats a term of predicted loss: a perplexity 2% higher
-SAME = 0.005  # nats a term: rounding of a folded model stays well below it
+TOLERATED = 0.01  # nats a term of predicted loss: a perplexity 1% higher
+SAME = 0.005  # nats a term: rounding of a folded model stays well below it, and so does little else
 MOST_KINDS = 12
 LORA_RANK = 16
 LORA = f"LoRA of rank {LORA_RANK}, computed"
@@ -108,6 +108,7 @@ def html(run: Run) -> str:
         most_kinds=MOST_KINDS,
         advice=advice(run, sizes.get("deployed")),
         tolerated=TOLERATED,
+        same=SAME,
         curves=curves(run, scores),
         held=held(run, scores),
         losses=words.aligned([score.loss for score in run.scores]),

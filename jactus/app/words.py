@@ -82,9 +82,9 @@ def short(value: int) -> str:
 
 
 def megabytes(value: int) -> str:
-    """Bytes in MB of a million, three digits at least."""
+    """Bytes in MB of a million: one decimal, or more where that would say nothing."""
     size = value / 1e6
-    return f"{size:,.0f}" if size >= 100 else f"{size:.{1 if size >= 10 else 3 if size < 0.1 else 2}f}"
+    return f"{size:,.1f}" if size >= 1 or not value else f"{size:.{max(3, 1 - math.floor(math.log10(size)))}f}"
 
 
 def ms(value: float) -> str:
