@@ -15,7 +15,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["jactus", "jactus.*", "jactus_kernels", "jactus_kernels.*"]),
-    package_data={"jactus": ["py.typed", "app/page.html", "app/page.css"], "jactus_kernels": ["py.typed", "measured/*.csv"]},
+    package_data={
+        "jactus": ["py.typed", "app/page.html", "app/page.css"],
+        "jactus_kernels": ["py.typed", "measured/*.csv"],
+    },
     entry_points={"console_scripts": ["jactus = jactus.cli:main"]},
     # A lower bound only: an installed torch satisfies it and is never replaced.
     install_requires=[

@@ -32,7 +32,7 @@ from .training import Encoded, accuracy, batches, encode, latency, logits
 RECORD = Path("tests/files/run")
 PICTURE = Path("docs/pictures/page.png")
 BUDGETS = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
-ROWS, CALIBRATION, VALIDATION, EPOCHS, BATCH, EVERY = 1600, 512, 500, 2, 32, 10
+ROWS, CALIBRATION, VALIDATION, EPOCHS, BATCH, EVERY = 1280, 512, 500, 2, 32, 8
 
 
 def main() -> None:
@@ -201,3 +201,7 @@ def picture(path: Path) -> None:
         tab = running.new_page(viewport={"width": 860, "height": 1240}, color_scheme="light")
         tab.goto(made.as_uri())
         tab.screenshot(path=path)
+
+
+if __name__ == "__main__":
+    main()

@@ -148,7 +148,8 @@ def _power(value: float) -> str:
 
 
 def _style(name: str) -> Any:
-    return matplotlib.rc_context({**STYLE, "svg.hashsalt": name})
+    style: Any = {**STYLE, "svg.hashsalt": name}
+    return matplotlib.rc_context(style)
 
 
 def _figure(width: float, height: float, left: float, bottom: float) -> tuple[Figure, Axes]:
