@@ -32,7 +32,7 @@ from .training import Encoded, accuracy, batches, encode, latency, logits
 RECORD = Path("tests/files/run")
 PICTURE = Path("docs/pictures/page.png")
 BUDGETS = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
-ROWS, CALIBRATION, VALIDATION, EPOCHS, BATCH, EVERY = 1280, 512, 500, 2, 32, 8
+ROWS, CALIBRATION, VALIDATION, EPOCHS, BATCH, EVERY = 3000, 1000, 1000, 2, 32, 16
 
 
 def main() -> None:
@@ -198,7 +198,7 @@ def picture(path: Path) -> None:
     made = Path("out/page.html").absolute()
     page.write(Run.load(RECORD), made)
     with browser() as running:
-        tab = running.new_page(viewport={"width": 860, "height": 1240}, color_scheme="light")
+        tab = running.new_page(viewport={"width": 860, "height": 1150}, color_scheme="light")
         tab.goto(made.as_uri())
         tab.screenshot(path=path)
 
