@@ -172,13 +172,13 @@ def test_the_page_says_what_the_record_says(pages):
     for each in REAL.layers:
         assert re.search(rf"{re.escape(each.name)} {each.m}×{each.n} {each.rank} ", re.sub(r"\. ", ".", text))
     for swept in REAL.sweep:
-        assert re.search(rf"{swept.budget:g} {swept.parameters / 1e6:.2f} M {swept.predicted:.4f}", text)
+        assert re.search(rf"{swept.budget:g} {swept.parameters / 1e6:.2f} M {swept.predicted:.6f}", text)
     for point in REAL.training:
         assert re.search(rf" {point.step} {point.epoch:.2f} {point.loss:.4f}", text)
     for sentence in (*REAL.checks, REAL.command, REAL.base, REAL.machine, *map(str, REAL.versions.values())):
         assert sentence in text
-    assert f"{REAL.predicted:.4f}" in text
-    assert f"{REAL.scores[1].loss - REAL.scores[0].loss:.4f}".replace("-", "−") in text
+    assert f"predicted {REAL.predicted:.5f}" in text
+    assert f"measured {REAL.scores[1].loss - REAL.scores[0].loss:.5f}" in text
 
 
 def test_every_layer_has_its_field_with_its_rank():
