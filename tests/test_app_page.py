@@ -258,6 +258,13 @@ def test_a_column_of_losses_is_aligned(values, written):
     assert words.aligned(values) == written
 
 
+def test_a_change_has_its_sign():
+    assert words.change("accuracy", 0.774, 0.832) == "+5.8"
+    assert words.change("accuracy", 0.5, 0.5) == "0.0"
+    assert words.change("perplexity", 41.82, 42.82) == "+1.00"
+    assert words.change("loss", 0.49, 0.4877) == "−0.0023"
+
+
 def test_a_cut_stands_on_its_line():
     found = Layer("a", 64, 64, 16, 4, [1, 2, 8, 64], [8.0, 4.0, 1.0, 0.1])
     assert charts._at(found, 2, found.energies) == 4.0

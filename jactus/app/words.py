@@ -14,7 +14,8 @@ def metric(name: str, value: float) -> str:
 
 def change(name: str, before: float, after: float) -> str:
     """A difference of two scores with its sign: an accuracy's in points."""
-    return signed(100 * (after - before), ".1f") if name == "accuracy" else signed(after - before, ".3g")
+    step = 100 * (after - before) if name == "accuracy" else after - before
+    return signed(step, ".1f" if name == "accuracy" else ".2f" if 0.1 <= abs(step) < 1e4 else ".3g")
 
 
 def better(name: str, before: float, after: float) -> bool:
