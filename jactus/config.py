@@ -114,6 +114,11 @@ class JactusConfig:
         return "gradient" in self.task_sources
 
     @property
+    def smaller_sides(self) -> bool:
+        """Whether sums of the smaller side of each layer are enough: where no task directions are wanted."""
+        return not self.task_sources
+
+    @property
     def share(self) -> float:
         """`union_share`; where None, that of a model which is not of language."""
         return 0.1 if self.union_share is None else self.union_share

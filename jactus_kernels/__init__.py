@@ -2,7 +2,7 @@
 
 from . import reference
 from .errors import JactusError
-from .ops import core_linear, covariance_update_, folded_linear
+from .ops import core_linear, covariance_update_, folded_linear, wide_product
 from .pivots import narrow, widen
 from .policy import explain
 from .ranks import pad_rank, padded_rank
@@ -21,5 +21,6 @@ __all__ = [
     "reference",
     "symmetrize_",
     "use",
+    "wide_product",
     "widen",
 ]

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import reference
+
 BLOCKED_FROM = 768  # below this n the products of a blocked triangle are too small to be fast (measured)
 BLOCK = 384
 
@@ -39,6 +41,14 @@ def covariance_update_(S: Tensor, X: Tensor, mask: Tensor | None = None, alpha: 
             _lower_triangle_(S, X.float(), alpha)
     else:
         _lower_triangle_(S, X.to(S.dtype), alpha)
+
+
+def wide_product(X: Tensor, Y: Tensor, dtype: torch.dtype) -> Tensor:
+    """`reference.wide_product`, at bfloat16 speed for bfloat16 values where the CPU can."""
+    if X.dtype == Y.dtype == torch.bfloat16 and dtype == torch.float32:
+        with _products_in_bfloat16():
+            return X.float() @ Y.float()
+    return reference.wide_product(X, Y, dtype)
 
 
 def _lower_triangle_(S: Tensor, X: Tensor, alpha: float) -> None:

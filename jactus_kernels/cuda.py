@@ -39,6 +39,13 @@ def covariance_update_(S: Tensor, X: Tensor, mask: Tensor | None = None, alpha: 
     return None
 
 
+def wide_product(X: Tensor, Y: Tensor, dtype: torch.dtype) -> Tensor:
+    """`reference.wide_product`, of 2-byte values on the units for them."""
+    if X.dtype == Y.dtype and X.element_size() == 2 and dtype == torch.float32 and _mm_has_out_dtype():
+        return torch.mm(X, Y, out_dtype=torch.float32)
+    return reference.wide_product(X, Y, dtype)
+
+
 def core_linear(x: Tensor, U: Tensor, C: Tensor, V: Tensor, bias: Tensor | None) -> Tensor:
     """y = x (U C Vᵀ)ᵀ + b; x (T, n)."""
     return _layers("core_linear", x, U.shape[0], V).core_linear(x, U, C, V, bias)

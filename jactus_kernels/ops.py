@@ -151,6 +151,17 @@ def covariance_update_(S: Tensor, X: Tensor, mask: Tensor | None = None, alpha: 
     return S
 
 
+def wide_product(X: Tensor, Y: Tensor, dtype: torch.dtype) -> Tensor:
+    """X Y in `dtype`, under autocast too: the values are not rounded first, nor the sums in between.
+
+    X: (T, n) and Y: (n, m), any floating dtypes and strides on one device; (T, m). For a calibration that wants a layer's product
+    more exact than the layer makes it.
+    """
+    how = {"cpu": cpu, "cuda": cuda}.get(X.device.type, reference)
+    with torch.no_grad(), torch.autocast(X.device.type, enabled=False):
+        return how.wide_product(X, Y, dtype)
+
+
 def core_linear(x: Tensor, U: Tensor, C: Tensor, V: Tensor, bias: Tensor | None = None) -> Tensor:
     """y = x (U C Vᵀ)ᵀ + b, never forming the m×n weight, in the forward or in the backward.
 

@@ -23,6 +23,11 @@ def covariance_update_(S: Tensor, X: Tensor, mask: Tensor | None = None, alpha: 
     S.addmm_(X.T, X, alpha=alpha)
 
 
+def wide_product(X: Tensor, Y: Tensor, dtype: torch.dtype) -> Tensor:
+    """X Y in `dtype`, of the values as they are: no narrower dtype rounds a product or a sum. X (T, n), Y (n, m); (T, m)."""
+    return X.to(dtype) @ Y.to(dtype)
+
+
 def symmetrize_(S: Tensor) -> Tensor:
     """Copy the lower triangle of S (n, n) onto the upper one, in place; returns S."""
     n = S.shape[0]

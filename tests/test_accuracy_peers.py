@@ -13,6 +13,7 @@ from bench.accuracy import compressors, peers
 from bench.accuracy.compressors import COMPRESSORS
 from bench.accuracy.peers import METHODS, Context
 from jactus import JactusConfig, JactusError
+from jactus.config import SOURCES
 from jactus.model.families import head_parameters
 from jactus.model.lowrank import FoldedLinear, compressed_layers, replace_module
 from jactus.model.pivots import pivots
@@ -30,7 +31,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT's use o
 def statistics(name, dtype=torch.float32):
     family = BY_NAME[name]
     batches = [{k: v.to(dtype) if v.is_floating_point() else v for k, v in b.items()} for b in batches_of(family)]
-    return jactus.calibrate(family.model(dtype=dtype), batches, statistics_dtype="float64", progress=False)
+    config = JactusConfig(union=SOURCES, union_share=0.1)  # the covariances whole, in a language model too
+    return jactus.calibrate(family.model(dtype=dtype), batches, config, statistics_dtype="float64", progress=False)
 
 
 def batches_of(family):

@@ -13,6 +13,7 @@ from jactus.planning.subspace import Directions, Side
 
 from ..report import versions
 from . import checks, subjects
+from .calibration import COVARIANCES
 from .race import Ratio, race, ratio
 from .store import Row, Setting, compared
 
@@ -40,7 +41,8 @@ def planning_7b() -> Iterator[Row]:
     kept = r"self_attn\.q_proj|mlp\.(up|down)_proj"
     configs = {name: config.replace(target_modules=rf".*({kept})") for name, config in CONFIGS.items()}
     seen = [subjects.batch("llama-7b", 2, 512)]
-    statistics = jactus.calibrate(model, seen, configs["fisher and union"], progress=False)
+    whole = COVARIANCES.replace(target_modules=configs["input metric"].target_modules)  # the full SVD asks for them
+    statistics = jactus.calibrate(model, seen, whole, progress=False)
     yield from _planning(Setting("llama-7b", "float64", 2), model, statistics, 1, configs)
 
 

@@ -15,6 +15,7 @@ from ..model.families import output_embedding
 from ..model.targets import Target, find_targets, refuse_absent
 from .losses import Loss, LossSum
 from .modes import refuse_inference
+from .sides import sides
 from .snapshots import Snapshots
 from .statistics import Statistics
 from .summing import SUMMING, Summing
@@ -102,9 +103,7 @@ def calibrate(
 
 def sum_bytes(target: Target, config: JactusConfig, sums: Summing = SUMMING) -> int:
     """Bytes of the sums kept for one layer, before any sharing of inputs."""
-    m, n = target.m, target.n
-    count = config.needs_input * n * n + config.needs_output * m * m + config.needs_gradient * m * n
-    return count * sums.dtype.itemsize
+    return sides({target.name: target}, {}, config)[target.name].numel(target) * sums.dtype.itemsize
 
 
 def partition(targets: dict[str, Target], config: JactusConfig, sums: Summing = SUMMING) -> list[list[Target]]:
@@ -128,8 +127,8 @@ def _append(whole: Statistics, part: Statistics, to_cpu: bool) -> None:
     if to_cpu:
         part.input_sums = {k: S.cpu() for k, S in part.input_sums.items()}
         for layer in part.layers.values():
-            layer.output_sum = None if layer.output_sum is None else layer.output_sum.cpu()
-            layer.gradient_sum = None if layer.gradient_sum is None else layer.gradient_sum.cpu()
+            for kind, total in layer.sums().items():
+                setattr(layer, kind, total.cpu())
     whole.layers |= part.layers
     whole.input_sums |= part.input_sums
     whole.tokens |= part.tokens

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jactus_kernels import JactusError, covariance_update_
+from jactus_kernels import JactusError, covariance_update_, wide_product
 
 from ..config import JactusConfig
 from ..model.targets import Target
+from .sides import sides
 from .statistics import LayerStatistics, Statistics
 from .summing import Summing
 from .tokens import Tokens
@@ -53,13 +54,13 @@ class Recorder:
         self.given: dict[Call, tuple[weakref.ref, int]] = {}
         self.starts: list[Tensor] = []  # where the graph begins
         self.totals: dict[str, Tensor] = {}  # of inputs, where no sum of squares tells whether they are finite
+        self.reading: dict[str, int] = {}  # which call a layer is in, whose inputs are summed as its weight sees them
         # Sums that come from a snapshot were read onto the CPU.
         for name, S in statistics.input_sums.items():
             statistics.input_sums[name] = S.to(self._device(name))
         for name, layer in statistics.layers.items():
-            for kind in ("output_sum", "gradient_sum"):
-                S = getattr(layer, kind)
-                setattr(layer, kind, None if S is None else S.to(self._device(name)))
+            for kind, S in layer.sums().items():
+                setattr(layer, kind, S.to(self._device(name)))
 
     @contextmanager
     def hooks(self) -> Iterator[None]:
@@ -80,7 +81,7 @@ class Recorder:
             self._make_sums()
         self.in_forward, self.index = True, index
         self.starts.clear()
-        for kept in (self.calls, self.counted, self.gradients, self.given, self.totals):
+        for kept in (self.calls, self.counted, self.gradients, self.given, self.totals, self.reading):
             kept.clear()
 
     def _before(self, name: str) -> Any:
@@ -106,6 +107,8 @@ class Recorder:
 
     def _after(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
+            if self.in_forward and (call := self.reading.pop(name, None)) is not None:
+                self._add_seen_input(name, call, input_of(args, kwargs), output)
             if not (self.backward and torch.is_grad_enabled() and output.requires_grad):
                 return None
             if not self.in_forward:
@@ -119,7 +122,10 @@ class Recorder:
 
     def _see_input(self, name: str, call: int, x: Tensor) -> None:
         """Add the input, once however many layers are given it."""
-        owner = self.statistics.layers[name].inputs
+        layer = self.statistics.layers[name]
+        owner = layer.inputs
+        if layer.seen_input_sum is not None:
+            self.reading[name] = call
         if owner == name:
             self.given[name, call] = (weakref.ref(x), x._version)
             self._add_input(name, call, x)
@@ -157,7 +163,7 @@ class Recorder:
     def _make_sums(self) -> None:
         def zeros(target: Target, *shape: int) -> Tensor:
             try:
-                return torch.zeros(*shape, dtype=self.sums.dtype, device=self._device(target.name))
+                return torch.zeros(shape, dtype=self.sums.dtype, device=self._device(target.name))
             except RuntimeError as e:  # torch.OutOfMemoryError is one too
                 size = math.prod(shape) * self.sums.dtype.itemsize / 1e9
                 raise JactusError(
@@ -167,29 +173,46 @@ class Recorder:
 
         config, statistics = self.config, self.statistics
         assert self.tokens.first is not None
-        for name, t in self.targets.items():
-            owner = self.tokens.first.owners.get(name, name)
-            statistics.layers[name] = LayerStatistics(
-                t.m,
-                t.n,
-                t.fingerprint,
-                owner,
-                zeros(t, t.m, t.m) if config.needs_output else None,
-                zeros(t, t.m, t.n) if config.needs_gradient else None,
-            )
+        owners = {name: self.tokens.first.owners.get(name, name) for name in self.targets}
+        for name, side in sides(self.targets, owners, config).items():
+            t, owner = self.targets[name], owners[name]
+            layer = statistics.layers[name] = LayerStatistics(t.m, t.n, t.fingerprint, owner)
             if owner == name:
                 statistics.tokens[name] = 0
-                if config.needs_input:
+                if side.x:
                     statistics.input_sums[name] = zeros(t, t.n, t.n)
+            if side.g:
+                layer.output_sum = zeros(t, t.m, t.m)
+            if side.gradient:
+                layer.gradient_sum = zeros(t, t.m, t.n)
+            if side.Wx:
+                layer.seen_input_sum, layer.input_trace = zeros(t, t.m, t.m), zeros(t)
+            if side.Wtg:
+                layer.seen_output_sum, layer.output_trace = zeros(t, t.n, t.n), zeros(t)
 
     def _add_input(self, name: str, call: int, x: Tensor) -> None:
         mask, count = self.tokens.of(name, call, x.shape)
         self.statistics.tokens[name] += count
-        if self.config.needs_input:
-            S = self.statistics.input_sums[name]
+        if (S := self.statistics.input_sums.get(name)) is not None:
             covariance_update_(S, *_rows(x.detach(), mask, S.device))
-        else:
+        elif self.statistics.layers[name].input_trace is None:
             self.totals[name] = self.totals.get(name, 0) + x.detach().sum(dtype=torch.float32)
+
+    def _add_seen_input(self, name: str, call: int, x: Tensor, output: Tensor) -> None:
+        """Add (Wx)(Wx)ᵀ and |x|². The layer's own output has W x where it is as exact as the sum; elsewhere it is made anew."""
+        layer, module, W = self.statistics.layers[name], self.targets[name].module, self.targets[name].weight
+        S, trace = layer.seen_input_sum, layer.input_trace
+        assert S is not None
+        assert trace is not None
+        mask, _ = self.tokens.of(name, call, x.shape)
+        x, _ = _rows(x.detach(), None, x.device)
+        if x.dtype == W.dtype == output.dtype == S.dtype and "forward" not in vars(module):
+            seen, bias = output.detach().reshape(-1, len(W)), module._parameters.get("bias")
+            seen = seen if bias is None else seen - bias.detach()
+        else:
+            seen = wide_product(x, W.T, S.dtype)
+        covariance_update_(S, *_rows(seen, mask, S.device))
+        trace += _squares(x, mask, S.dtype).to(trace.device)
 
     def _add_gradient(self, name: str, x: Tensor | None, version: int, g: Tensor) -> None:
         self.gradients[name] = self.gradients.get(name, 0) + 1
@@ -197,6 +220,12 @@ class Recorder:
         if layer.output_sum is not None:
             S = layer.output_sum
             covariance_update_(S, _rows(g, None, S.device)[0], alpha=scale**-2)
+        if layer.seen_output_sum is not None:
+            assert layer.output_trace is not None
+            S, (rows, _) = layer.seen_output_sum, _rows(g, None, g.device)
+            seen = wide_product(rows, self.targets[name].weight, S.dtype)
+            covariance_update_(S, seen.to(S.device), alpha=scale**-2)
+            layer.output_trace += _squares(rows, None, S.dtype).to(S.device) / scale**2
         if layer.gradient_sum is not None:
             assert x is not None
             if x._version != version:
@@ -228,8 +257,8 @@ class Recorder:
     def blame(self, index: int) -> None:
         """The loss is not finite: raise, naming the first layer in the order of the calls that was given such an input."""
         for name in self.counted:
-            S = self.statistics.input_sums.get(name)
-            total = self.totals.get(name) if S is None else S.diagonal().sum()
+            S, trace = self.statistics.input_sums.get(name), self.statistics.layers[name].input_trace
+            total = (self.totals.get(name) if trace is None else trace) if S is None else S.diagonal().sum()
             if total is not None and not torch.isfinite(total):
                 raise _not_finite(f"inputs of {self.targets[name]}", index)
 
@@ -240,11 +269,20 @@ class Recorder:
         gradients backward.
         """
         found: list[tuple[str, Tensor]] = []
-        for name, S in self.statistics.input_sums.items():
-            found.append((f"inputs of {self.targets[name]}", S.diagonal().sum()))
+        for name, layer in self.statistics.layers.items():
+            if (S := self.statistics.input_sums.get(name)) is not None:
+                found.append((f"inputs of {self.targets[name]}", S.diagonal().sum()))
+            if layer.seen_input_sum is not None and layer.input_trace is not None:
+                found.append(
+                    (f"inputs of {self.targets[name]}", layer.input_trace + layer.seen_input_sum.diagonal().sum())
+                )
         for name, layer in reversed(self.statistics.layers.items()):
             if layer.output_sum is not None:
                 found.append((f"gradients of {self.targets[name]}", layer.output_sum.diagonal().sum()))
+            if layer.seen_output_sum is not None and layer.output_trace is not None:
+                found.append(
+                    (f"gradients of {self.targets[name]}", layer.output_trace + layer.seen_output_sum.diagonal().sum())
+                )
             if layer.gradient_sum is not None:
                 found.append((f"gradients or inputs of {self.targets[name]}", layer.gradient_sum.sum()))
         if not found:
@@ -264,3 +302,9 @@ def _not_finite(where: str, index: int) -> JactusError:
 def _rows(x: Tensor, mask: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor | None]:
     """x (..., d) as (T, d) with its mask, on the device of the sums."""
     return x.reshape(-1, x.shape[-1]).to(device), None if mask is None else mask.to(device)
+
+
+def _squares(x: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Σ|x|² (), over the rows of x (T, d) that the mask keeps; the square of each is made in `dtype`."""
+    squares = torch.linalg.vector_norm(x, dim=-1, dtype=dtype).square()
+    return squares.sum() if mask is None else squares[mask.to(x.device)].sum()

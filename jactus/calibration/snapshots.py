@@ -41,6 +41,7 @@ class Snapshots:
                 **{key: _plain(getattr(config, key)) for key in DECISIVE},
                 "statistics_dtype": str(sums.dtype).removeprefix("torch."),
                 "memory_limit": sums.memory_limit,
+                **({"sums": "smaller sides"} if config.smaller_sides else {}),
                 "loss_scale": sums.loss_scale,
             },
             "weights": _fingerprints(model) if path is not None else {},

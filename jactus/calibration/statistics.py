@@ -2,11 +2,13 @@
 
 Σ_x = Σ x xᵀ (n, n)    Σ_g = Σ g gᵀ (m, m)    D = Σ g xᵀ (m, n),  g = ∂L/∂y, L the sum of the loss terms
 A = Σ_x / tokens       G = Σ_g / terms        mean gradient = D / terms
+
+Where that is all that is needed, Σ_x is kept as the weight sees it, W Σ_x Wᵀ (m, m), or Σ_g as Wᵀ Σ_g W (n, n): `sides`.
 """
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
@@ -19,7 +21,11 @@ from ..config import JactusConfig
 
 @dataclass
 class LayerStatistics:
-    """The sums of one layer. `inputs` names the layer whose Σ_x it shares (its own name if none)."""
+    """The sums of one layer. `inputs` names the layer whose Σ_x it shares (its own name if none).
+
+    output_sum: Σ_g (m, m); gradient_sum: D (m, n); seen_input_sum: W Σ_x Wᵀ (m, m), with input_trace, tr Σ_x (); seen_output_sum:
+    Wᵀ Σ_g W (n, n), with output_trace, tr Σ_g (). None where it is not summed.
+    """
 
     m: int
     n: int
@@ -27,6 +33,27 @@ class LayerStatistics:
     inputs: str
     output_sum: Tensor | None = None
     gradient_sum: Tensor | None = None
+    seen_input_sum: Tensor | None = None
+    input_trace: Tensor | None = None
+    seen_output_sum: Tensor | None = None
+    output_trace: Tensor | None = None
+
+    def sums(self) -> dict[str, Tensor]:
+        """Those that there are, by the names of their fields."""
+        named = {f.name: getattr(self, f.name) for f in fields(self)[4:]}
+        return {name: total for name, total in named.items() if total is not None}
+
+
+# Of which only lower triangles are summed, and which side of the layer they are as large as.
+TRIANGLES = {"output_sum": "m", "seen_input_sum": "m", "seen_output_sum": "n"}
+FILED = {  # what they are called in a file
+    "output_sum": "output",
+    "gradient_sum": "gradient",
+    "seen_input_sum": "seen input",
+    "input_trace": "input trace",
+    "seen_output_sum": "seen output",
+    "output_trace": "output trace",
+}
 
 
 @dataclass(repr=False)
@@ -65,6 +92,26 @@ class Statistics:
         total = self.layers[name].gradient_sum
         return None if total is None else total / max(self.terms, 1)
 
+    def seen_input(self, name: str) -> Tensor | None:
+        """W A Wᵀ (m, m), the layer's input covariance as its weight sees it; None when it was not collected so."""
+        total = self.layers[name].seen_input_sum
+        return None if total is None else total / max(self.layer_tokens(name), 1)
+
+    def seen_output(self, name: str) -> Tensor | None:
+        """Wᵀ G W (n, n), the covariance of gradients as the weight sees it; None when it was not collected so."""
+        total = self.layers[name].seen_output_sum
+        return None if total is None else total / max(self.terms, 1)
+
+    def input_scale(self, name: str) -> float:
+        """mean diag A; 0 when neither A nor W A Wᵀ was collected."""
+        layer = self.layers[name]
+        return _scale(self.input_sums.get(layer.inputs), layer.input_trace, layer.n) / max(self.layer_tokens(name), 1)
+
+    def output_scale(self, name: str) -> float:
+        """mean diag G; 0 when neither G nor Wᵀ G W was collected."""
+        layer = self.layers[name]
+        return _scale(layer.output_sum, layer.output_trace, layer.m) / max(self.terms, 1)
+
     def layer_tokens(self, name: str) -> int:
         """Tokens that went through the layer."""
         return self.tokens[self.layers[name].inputs]
@@ -79,10 +126,7 @@ class Statistics:
         return sum(t.numel() * t.element_size() for t in self._sums())
 
     def _sums(self) -> list[Tensor]:
-        sums = list(self.input_sums.values())
-        for layer in self.layers.values():
-            sums += [t for t in (layer.output_sum, layer.gradient_sum) if t is not None]
-        return sums
+        return [*self.input_sums.values(), *(t for layer in self.layers.values() for t in layer.sums().values())]
 
     def merge_(self, others: Iterable["Statistics"]) -> "Statistics":
         """Add the sums of other runs over other examples of the same model; returns self.
@@ -117,18 +161,19 @@ class Statistics:
             twin = other.layers.get(name)
             if twin is None or twin.fingerprint != layer.fingerprint:
                 raise JactusError(f"statistics do not merge: {name} is missing or has other weights in one of them")
-            if twin.inputs != layer.inputs or [t is None for t in (layer.output_sum, layer.gradient_sum)] != [
-                t is None for t in (twin.output_sum, twin.gradient_sum)
-            ]:
+            if twin.inputs != layer.inputs or twin.sums().keys() != layer.sums().keys():
                 raise JactusError(f"statistics do not merge: {name} was calibrated with another configuration")
         if len(self.layers) != len(other.layers) or list(self.input_sums) != list(other.input_sums):
             raise JactusError("statistics do not merge: they cover different layers")
 
     def symmetrize_(self) -> "Statistics":
         """Complete the covariances, of which only the lower triangles were summed; returns self."""
-        for S in [*self.input_sums.values(), *(layer.output_sum for layer in self.layers.values())]:
-            if S is not None:
-                symmetrize_(S)
+        for S in self.input_sums.values():
+            symmetrize_(S)
+        for layer in self.layers.values():
+            for kind, S in layer.sums().items():
+                if kind in TRIANGLES:
+                    symmetrize_(S)
         return self
 
     def save(self, path: str | os.PathLike) -> None:
@@ -143,10 +188,8 @@ class Statistics:
     def to_tensors(self) -> tuple[dict[str, Tensor], dict]:
         tensors = {f"input/{key}": storage.pack(S) for key, S in self.input_sums.items()}
         for name, layer in self.layers.items():
-            if layer.output_sum is not None:
-                tensors[f"output/{name}"] = storage.pack(layer.output_sum)
-            if layer.gradient_sum is not None:
-                tensors[f"gradient/{name}"] = layer.gradient_sum
+            for kind, S in layer.sums().items():
+                tensors[f"{FILED[kind]}/{name}"] = storage.pack(S) if kind in TRIANGLES else S
         meta = {
             "terms": self.terms,
             "outputs": list(self.outputs),
@@ -170,9 +213,16 @@ class Statistics:
         )
         for name, kept in meta["layers"].items():
             layer = self.layers[name] = LayerStatistics(**kept)
-            if f"output/{name}" in tensors:
-                layer.output_sum = storage.unpack(tensors[f"output/{name}"], layer.m)
-            layer.gradient_sum = tensors.get(f"gradient/{name}")
+            for kind, filed in FILED.items():
+                if (S := tensors.get(f"{filed}/{name}")) is not None:
+                    setattr(layer, kind, storage.unpack(S, getattr(layer, TRIANGLES[kind])) if kind in TRIANGLES else S)
             if f"input/{name}" in tensors:
                 self.input_sums[name] = storage.unpack(tensors[f"input/{name}"], layer.n)
         return self
+
+
+def _scale(whole: Tensor | None, trace: Tensor | None, d: int) -> float:
+    """The mean diagonal of a sum of squares (d, d), or what is known of it."""
+    if whole is not None:
+        return float(whole.diagonal().double().mean())
+    return 0.0 if trace is None else float(trace) / d

@@ -14,7 +14,7 @@ from ..model.families import output_embedding
 from ..model.targets import Target, find_targets, refuse_absent
 from .latency import measured
 from .plans import Plan, PlannedLayer, with_ranks
-from .subspace import Directions, Side, directions, metric, task_rank
+from .subspace import Directions, Seen, Side, directions, metric, seen, task_rank
 
 
 def plan(
@@ -63,14 +63,31 @@ def _check_statistics(targets: dict[str, Target], statistics: Statistics, config
                 f"{target}: the statistics are of a model with other weights here; calibrate this model (and plan before "
                 "training it, not after)"
             )
+        whole_x, whole_g = known.inputs in statistics.input_sums, known.output_sum is not None
+        seen_x, seen_g = known.seen_input_sum is not None, known.seen_output_sum is not None
         missing = (
-            (config.needs_input and known.inputs not in statistics.input_sums, "input covariances"),
-            (config.needs_output and known.output_sum is None, "output-gradient covariances"),
             (config.needs_gradient and known.gradient_sum is None, "mean gradients"),
+            (config.needs_input and not (whole_x or seen_x), "input covariances"),
+            (config.needs_output and not (whole_g or seen_g), "output-gradient covariances"),
         )
         for absent, what in missing:
             if absent:
                 raise JactusError(f"the statistics hold no {what}, which this configuration needs; calibrate with it")
+        if config.smaller_sides:
+            continue
+        for wanted, has, what, kept in (
+            (config.needs_input, whole_x, f"input covariance ({target.n}×{target.n})", "W A Wᵀ"),
+            (config.needs_output, whole_g, f"output-gradient covariance ({target.m}×{target.m})", "Wᵀ G W"),
+        ):
+            if wanted and not has:
+                raise JactusError(
+                    f"{target}: the statistics hold its {what} only as its weight sees it, {kept}, and the task directions of "
+                    f"union={config.union}, union_share={config.share} need all of it; calibrate with this configuration"
+                )
+
+
+Covariance = Tensor | None
+Metric = Tensor | Seen | None
 
 
 class _InputCache:
@@ -79,12 +96,14 @@ class _InputCache:
     def __init__(self, statistics: Statistics | None, config: JactusConfig) -> None:
         self.statistics, self.config = statistics, config
         self.key: str | None = None
-        self.value: tuple[Tensor | None, Tensor | None] = (None, None)
+        self.value: tuple[Covariance, Metric] = (None, None)
 
-    def of(self, target: Target) -> tuple[Tensor | None, Tensor | None]:
+    def of(self, target: Target) -> tuple[Covariance, Metric]:
         """A, and damped in float64 on the weight's device (None for the identity metric)."""
         if self.statistics is None or not self.config.needs_input:
             return None, None
+        if (S := self.statistics.seen_input(target.name)) is not None:
+            return None, _seen(target, S, self.statistics.input_scale(target.name), self.config)
         key = self.statistics.layers[target.name].inputs
         if key != self.key:
             A = self.statistics.input_covariance(target.name)
@@ -100,6 +119,23 @@ def _metric(target: Target, covariance: Tensor | None, config: JactusConfig) -> 
         raise JactusError(f"{target}: {e}") from e
 
 
+def _seen(target: Target, covariance: Tensor, scale: float, config: JactusConfig) -> Seen:
+    try:
+        return seen(covariance, scale, config.damping, target.weight.device)
+    except JactusError as e:
+        raise JactusError(f"{target}: {e}") from e
+
+
+def _outputs(target: Target, statistics: Statistics | None, config: JactusConfig) -> tuple[Covariance, Metric]:
+    """G, and damped in float64 on the weight's device (None for the identity metric)."""
+    if statistics is None or not config.needs_output:
+        return None, None
+    if (S := statistics.seen_output(target.name)) is not None:
+        return None, _seen(target, S, statistics.output_scale(target.name), config)
+    G = statistics.output_covariance(target.name)
+    return G, _metric(target, G if config.metric in ("gradient", "fisher") else None, config)
+
+
 def _plan_layer(
     target: Target, statistics: Statistics | None, config: JactusConfig, inputs: _InputCache
 ) -> PlannedLayer:
@@ -107,8 +143,7 @@ def _plan_layer(
     if not torch.isfinite(weight).all():
         raise JactusError(f"{target} has weights that are not finite; the checkpoint is broken")
     A, metric_A = inputs.of(target)
-    G = statistics.output_covariance(target.name) if statistics is not None and config.needs_output else None
-    metric_G = _metric(target, G if config.metric in ("gradient", "fisher") else None, config)
+    G, metric_G = _outputs(target, statistics, config)
     most = min(target.m, target.n)
     if most < config.allocation.rank_multiple:  # it stays as it is
         most = 0
@@ -138,7 +173,10 @@ def _plan_layer(
         target.n,
         target.fingerprint,
         _stored(found),
-        (_scale(G) if metric_G is not None else 0.0, _scale(A) if metric_A is not None else 0.0),
+        (
+            statistics.output_scale(target.name) if statistics is not None and metric_G is not None else 0.0,
+            statistics.input_scale(target.name) if statistics is not None and metric_A is not None else 0.0,
+        ),
         statistics.layer_tokens(target.name) if statistics is not None else 1,
         (basis.itemsize, core_dtype(config, basis).itemsize, weight.itemsize),
     )
@@ -149,10 +187,6 @@ def core_dtype(config: JactusConfig, basis: torch.dtype) -> torch.dtype:
     if config.core.dtype:
         return getattr(torch, config.core.dtype)
     return torch.promote_types(basis, torch.float32)
-
-
-def _scale(S: Tensor | None) -> float:
-    return 0.0 if S is None else float(S.diagonal().double().mean())
 
 
 def _stored(d: Directions) -> Directions:

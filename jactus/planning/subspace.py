@@ -30,6 +30,9 @@ INDEPENDENT = 1e-3
 
 # Singular values below this part of the largest have too few digits left in squares (2⁻⁵² / 1e-12, four) to build on.
 RESOLVED = 1e-6
+# A direction that the weight shortens below this part of the longest is rounding: the weight has not so much rank.
+SOLID = 1e-12
+NO_SIGNAL = "the covariance is zero (no signal reached this layer in calibration); exclude the layer"
 
 
 def metric(covariance: Tensor | None, damping: float, device: torch.device) -> Tensor | None:
@@ -42,9 +45,29 @@ def metric(covariance: Tensor | None, damping: float, device: torch.device) -> T
     S = covariance.to(device, torch.float64, copy=True)
     scale = S.diagonal().mean()
     if not scale > 0:
-        raise JactusError("the covariance is zero (no signal reached this layer in calibration); exclude the layer")
+        raise JactusError(NO_SIGNAL)
     S.diagonal().add_(damping * scale)
     return S
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A damped metric of a layer's longer side, of which only this is known: S, as the weight sees it, and δ.
+
+    covariance: W A Wᵀ (m, m), or Wᵀ G W (n, n) of a layer with more outputs, undamped, float64; scale: mean diag A or G;
+    damping: λ, so that δ = λ·scale.
+    """
+
+    covariance: Tensor
+    scale: float
+    damping: float
+
+
+def seen(covariance: Tensor, scale: float, damping: float, device: torch.device) -> Seen:
+    """As `metric`, of a covariance that is known as the weight sees it."""
+    if not scale > 0:
+        raise JactusError(NO_SIGNAL)
+    return Seen(covariance.to(device, torch.float64), scale, damping)
 
 
 PARTS = ("weight", "task", "cross", "gram")
@@ -168,8 +191,8 @@ def task_rank(rank: int, share: float) -> int:
 
 def directions(
     W: Tensor,
-    G: Tensor | None,
-    A: Tensor | None,
+    G: Tensor | Seen | None,
+    A: Tensor | Seen | None,
     keep: int,
     tasks: int,
     output_covariance: Tensor | None = None,
@@ -178,6 +201,7 @@ def directions(
 ) -> Directions:
     """The candidates of a layer with weight W (m, n), in the metrics G (m, m) and A (n, n): damped, float64, or None.
 
+    Without task directions the metric of the longer side may be `Seen`; what the formulas need of it is the same.
     keep: how many weight directions; tasks: how many task directions, drawn in turn from the sources given: leading
     eigenvectors of the (undamped) covariances, leading singular vectors of the mean gradient (m, n).
 
@@ -189,9 +213,13 @@ def directions(
         D = None if gradient is None else gradient.T
         other = directions(W.T, A, G, keep, tasks, input_covariance, output_covariance, D)
         return Directions(other.right, other.left, other.sigma, other.task_core.T)
+    assert not isinstance(G, Seen)
     W = W.double()
     L = None if G is None else torch.linalg.cholesky(G)
     N = W if L is None else L.T @ W
+    if isinstance(A, Seen):
+        assert not tasks
+        return _seen_directions(N, L, A, keep)
     NA = N if A is None else N @ A
     squares, P = eigh(NA @ N.T)
     sigma, P = squares.flip(0).clamp_min(0).sqrt(), P.flip(1)[:, :keep]
@@ -217,6 +245,42 @@ def directions(
         sigma,
         inside.T @ N @ across,
     )
+
+
+def _seen_directions(N: Tensor, L: Tensor | None, A: Seen, keep: int) -> Directions:
+    """`directions` of N = LᵀW (m, n) where only S = W A Wᵀ and the mean diagonal of A are known.
+
+    The squares and left vectors are those of Lᵀ S L + δ N Nᵀ, and the right directions NᵀP Σ⁻¹ need no A. A σ is the length of
+    its direction in the metric, pᵀLᵀSLp + δ|Nᵀp|²: the second term has the digits that are lost in squares.
+    """
+    S = A.covariance if L is None else L.T @ A.covariance @ L
+    delta = A.damping * A.scale
+    squares, P = eigh(S + delta * N @ N.T)
+    sigma, P = squares.flip(0).clamp_min(0).sqrt(), P.flip(1)[:, :keep]
+    V = N.T @ P
+    short = V.norm(dim=0)
+    solid = short > SOLID * short.max().clamp_min(torch.finfo(V.dtype).tiny) if keep else short > 0
+    length = ((P * (S @ P)).sum(0).clamp_min(0) + delta * short.square()).sqrt()
+    sigma[:keep] = length * solid
+    V = V / length.where(solid, torch.ones_like(length))
+    if not bool(solid.all()):
+        V[:, ~solid] = _beside(V[:, solid], int((~solid).sum())) / (A.scale * (1 + A.damping)) ** 0.5
+    nothing = N.new_zeros(0, 0)
+
+    def side(weight: Tensor) -> Side:
+        return Side(weight, weight[:, :0], N.new_zeros(keep, 0), nothing)
+
+    return Directions(side(P if L is None else _solve_t(L, P)), side(V), sigma, nothing)
+
+
+def _beside(V: Tensor, count: int) -> Tensor:
+    """Orthonormal columns (n, count) outside the span of V (n, k), the same at every call."""
+    Q = torch.linalg.qr(V)[0]
+    generator = torch.Generator(V.device).manual_seed(0)
+    X = torch.randn(len(V), count, generator=generator, dtype=V.dtype, device=V.device)
+    for _ in range(2):
+        X = torch.linalg.qr(X - Q @ (Q.T @ X))[0]
+    return X
 
 
 def _right_directions(

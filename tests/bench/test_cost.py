@@ -169,7 +169,7 @@ def test_calibration_is_checked_against_the_usual_way_and_counted_by_shape():
     assert [(r.measure, r.against) for r in rows] == [
         (f"calibration, {what}", against) for what in ("covariances", "with gradient") for against in ("bare", "usual")
     ]
-    statistics = jactus.calibrate(tiny(), [subjects.batch("llama-7b", 2, 6)], progress=False)
+    statistics = jactus.calibrate(tiny(), [subjects.batch("llama-7b", 2, 6)], calibration.COVARIANCES, progress=False)
     # q, k and v share one input, gate and up another
     inputs = (3 * WIDE**2 + INNER**2) / 2
     outputs = (5 * WIDE**2 + 2 * INNER**2) / 2
@@ -181,7 +181,7 @@ def test_calibration_is_checked_against_the_usual_way_and_counted_by_shape():
 
 def test_planning_is_checked_against_the_full_svd():
     model = tiny()
-    statistics = jactus.calibrate(model, [subjects.batch("llama-7b", 8, 64)], progress=False)
+    statistics = jactus.calibrate(model, [subjects.batch("llama-7b", 8, 64)], calibration.COVARIANCES, progress=False)
     rows = list(planning._planning(AT, model, statistics, 2))
     assert [r.measure for r in rows] == ["planning, input metric", "planning, fisher and union"]
     assert rows[0].error < 1e-9
