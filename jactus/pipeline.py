@@ -15,7 +15,7 @@ from .calibration.passes import calibrate
 from .compression.surgery import compress
 from .compression.trainable import extra_parameters
 from .config import JactusConfig
-from .planning.planner import plan
+from .planning.planner import planned
 
 
 def adapt(
@@ -55,4 +55,4 @@ def adapt(
     statistics = calibrate(
         model, batches, config, loss=loss, resume=resume, verify=verify, progress=progress, **options
     )
-    return compress(model, plan(model, statistics, config, progress=progress))
+    return compress(model, planned(model, statistics, config, progress, forget=True))

@@ -191,10 +191,10 @@ class Recorder:
                 layer.seen_output_sum, layer.output_trace = zeros(t, t.n, t.n), zeros(t)
 
     def _add_input(self, name: str, call: int, x: Tensor) -> None:
-        mask, count = self.tokens.of(name, call, x.shape)
+        places, count = self.tokens.of(name, call, x.shape)
         self.statistics.tokens[name] += count
         if (S := self.statistics.input_sums.get(name)) is not None:
-            covariance_update_(S, *_rows(x.detach(), mask, S.device))
+            covariance_update_(S, _rows(x.detach(), places, S.device))
         elif self.statistics.layers[name].input_trace is None:
             self.totals[name] = self.totals.get(name, 0) + x.detach().sum(dtype=torch.float32)
 
@@ -204,28 +204,28 @@ class Recorder:
         S, trace = layer.seen_input_sum, layer.input_trace
         assert S is not None
         assert trace is not None
-        mask, _ = self.tokens.of(name, call, x.shape)
-        x, _ = _rows(x.detach(), None, x.device)
+        places, _ = self.tokens.of(name, call, x.shape)
+        x = _rows(x.detach(), places, x.device)
         if x.dtype == W.dtype == output.dtype == S.dtype and "forward" not in vars(module):
-            seen, bias = output.detach().reshape(-1, len(W)), module._parameters.get("bias")
+            seen, bias = _rows(output.detach(), places, x.device), module._parameters.get("bias")
             seen = seen if bias is None else seen - bias.detach()
         else:
             seen = wide_product(x, W.T, S.dtype)
-        covariance_update_(S, *_rows(seen, mask, S.device))
-        trace += _squares(x, mask, S.dtype).to(trace.device)
+        covariance_update_(S, seen.to(S.device))
+        trace += _squares(x, S.dtype).to(S.device)
 
     def _add_gradient(self, name: str, x: Tensor | None, version: int, g: Tensor) -> None:
         self.gradients[name] = self.gradients.get(name, 0) + 1
         layer, scale = self.statistics.layers[name], self.sums.loss_scale
         if layer.output_sum is not None:
             S = layer.output_sum
-            covariance_update_(S, _rows(g, None, S.device)[0], alpha=scale**-2)
+            covariance_update_(S, _rows(g, None, S.device), alpha=scale**-2)
         if layer.seen_output_sum is not None:
             assert layer.output_trace is not None
-            S, (rows, _) = layer.seen_output_sum, _rows(g, None, g.device)
+            S, rows = layer.seen_output_sum, _rows(g, None, g.device)
             seen = wide_product(rows, self.targets[name].weight, S.dtype)
             covariance_update_(S, seen.to(S.device), alpha=scale**-2)
-            layer.output_trace += _squares(rows, None, S.dtype).to(S.device) / scale**2
+            layer.output_trace += _squares(rows, S.dtype).to(S.device) / scale**2
         if layer.gradient_sum is not None:
             assert x is not None
             if x._version != version:
@@ -234,9 +234,7 @@ class Recorder:
                     "its mean gradient would be of other values; make that operation out of place, or exclude the layer"
                 )
             D = layer.gradient_sum
-            D.addmm_(
-                _rows(g, None, D.device)[0].to(D.dtype).T, _rows(x, None, D.device)[0].to(D.dtype), alpha=1 / scale
-            )
+            D.addmm_(_rows(g, None, D.device).to(D.dtype).T, _rows(x, None, D.device).to(D.dtype), alpha=1 / scale)
 
     def end(self) -> None:
         """After the backward: every call must have had its gradient, and every sum be finite."""
@@ -299,12 +297,12 @@ def _not_finite(where: str, index: int) -> JactusError:
     )
 
 
-def _rows(x: Tensor, mask: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """x (..., d) as (T, d) with its mask, on the device of the sums."""
-    return x.reshape(-1, x.shape[-1]).to(device), None if mask is None else mask.to(device)
+def _rows(x: Tensor, places: Tensor | None, device: torch.device) -> Tensor:
+    """x (..., d) as (T, d), on the device of the sums; of its rows those at `places` (None: all)."""
+    x = x.reshape(-1, x.shape[-1])
+    return (x if places is None else x.index_select(0, places.to(x.device))).to(device)
 
 
-def _squares(x: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Σ|x|² (), over the rows of x (T, d) that the mask keeps; the square of each is made in `dtype`."""
-    squares = torch.linalg.vector_norm(x, dim=-1, dtype=dtype).square()
-    return squares.sum() if mask is None else squares[mask.to(x.device)].sum()
+def _squares(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Σ|x|² () of rows x (T, d), each |x|² made in `dtype`."""
+    return torch.linalg.vector_norm(x, dim=-1, dtype=dtype).square().sum()

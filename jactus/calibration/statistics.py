@@ -70,6 +70,7 @@ class Statistics:
     terms: int = 0
     config: JactusConfig | None = None
     outputs: tuple[str, ...] = ()
+    forgotten: set[str] = field(default_factory=set)
 
     def __repr__(self) -> str:
         seen = max(self.tokens.values(), default=0)
@@ -165,6 +166,15 @@ class Statistics:
                 raise JactusError(f"statistics do not merge: {name} was calibrated with another configuration")
         if len(self.layers) != len(other.layers) or list(self.input_sums) != list(other.input_sums):
             raise JactusError("statistics do not merge: they cover different layers")
+
+    def forget(self, name: str) -> None:
+        """Drop the sums of a layer, and its Σ_x once no other layer has any left: what is planned needs them no more."""
+        layer = self.layers[name]
+        for kind in layer.sums():
+            setattr(layer, kind, None)
+        self.forgotten.add(name)
+        if all(other in self.forgotten for other, its in self.layers.items() if its.inputs == layer.inputs):
+            self.input_sums.pop(layer.inputs, None)
 
     def symmetrize_(self) -> "Statistics":
         """Complete the covariances, of which only the lower triangles were summed; returns self."""

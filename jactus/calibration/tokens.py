@@ -46,7 +46,7 @@ class Tokens:
         self.tables: set[Call] = set()
         self.unsure: set[tuple[Where, Where]] = set()  # masks that were alike where they were looked at
         self.masks: Masks = {}
-        self.laid: dict[Any, tuple[Tensor, int]] = {}
+        self.laid: dict[Any, Tensor] = {}  # of the batch: the rows that a mask keeps
         self.index = -1
 
     @property
@@ -70,8 +70,8 @@ class Tokens:
         self.masks, self.laid = self._masks(batch), {}
 
     def of(self, name: str, call: int, shape: torch.Size) -> tuple[Tensor | None, int]:
-        """The (T,) bool mask for the input of shape (…, n), flattened to (T, n), of a layer's call (None keeps all rows), and how
-        many rows it keeps.
+        """Which rows of a layer's call are tokens, of its input of shape (…, n) flattened to (T, n): their places (None: all T), and
+        how many they are.
 
         Raises JactusError when padding cannot be told from tokens.
         """
@@ -81,8 +81,12 @@ class Tokens:
         rule = self.rules.get((name, call), "unseen")
         if rule == "unseen":
             if not self.verify:
-                mask = self._by_shape(name, shape)
-                return everything if mask is None else (mask, int(mask.sum()))
+                if shape not in self.laid:
+                    mask = self._by_shape(name, shape)
+                    if mask is None:
+                        return everything
+                    self.laid[shape] = mask.nonzero()[:, 0]
+                return self.laid[shape], len(self.laid[shape])
             raise self._untold(name, shape, "the first batch with padding made no such call")
         if rule is None or rule[0] not in self.masks:
             return everything
@@ -93,8 +97,8 @@ class Tokens:
                 raise self._untold(
                     name, shape, f"as in earlier batches its mask {'.'.join(rule[0])} would lie {rule[1]}"
                 )
-            self.laid[key] = laid, int(laid.sum())  # once for all layers: asking makes a GPU wait
-        return self.laid[key]
+            self.laid[key] = laid.nonzero()[:, 0]  # once for all layers: asking makes a GPU wait
+        return self.laid[key], len(self.laid[key])
 
     def _masks(self, batch: Any) -> Masks:
         found = masks_of(self.model, batch, self.index)

@@ -1,5 +1,7 @@
 """What the target layers are given in one forward of a few examples: the evidence that the checks go by."""
 
+import itertools
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,27 +47,37 @@ def input_of(args: tuple, kwargs: dict) -> Tensor:
 def trace(model: nn.Module, targets: dict[str, Target], run: Callable[[], Any], values: bool = False) -> Trace:
     """Run the model and see what the targets are given; with `values`, the inputs too, on the CPU. Hooks are removed again."""
     found = Trace()
-    seen: dict[str, list[Tensor]] = {}
+    seen: dict[str, list[int]] = {}  # the numbers of the tensors that each layer was given
+    numbers: dict[int, tuple[weakref.ref, int]] = {}
+    fresh = itertools.count()
     copies: dict[tuple[int, int], Tensor] = {}
-    last: dict[str, Tensor] = {}
+    last: dict[str, tuple[int, weakref.ref]] = {}  # where a layer's last output is, while its memory is in use
     returned: list[Any] = []
+
+    def number(x: Tensor) -> int:
+        """One for each tensor: an id is given anew once its tensor is gone, and no tensor is kept for the sake of its id."""
+        known = numbers.get(id(x))
+        if known is None or known[0]() is not x:
+            known = numbers[id(x)] = (weakref.ref(x), next(fresh))
+        return known[1]
 
     def before(name: str) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
             x = input_of(args, kwargs)
-            call = (name, len(seen.setdefault(name, [])))
+            call, which = (name, len(seen.setdefault(name, []))), number(x)
             found.shapes[call] = x.shape
             if values:  # as they are now: the model may overwrite them; layers that share a tensor share its copy
-                key = (id(x), x._version)
+                key = (which, x._version)
                 copies.setdefault(key, x.detach().to("cpu", copy=True))
                 found.inputs[call] = copies[key]
-            seen[name].append(x)  # the reference keeps it alive, so that identity tells which layers share one
+            seen[name].append(which)
 
         return hook
 
     def after(name: str) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-            last[name] = output
+            if isinstance(output, Tensor):
+                last[name] = output.data_ptr(), weakref.ref(output.untyped_storage())
             if name in targets and "forward" in vars(module):  # e.g. accelerate's
                 own = type(module).forward(module, input_of(args, kwargs))
                 if not torch.allclose(own, output, rtol=1e-3, atol=1e-3 * float(own.abs().max())):
@@ -85,9 +97,9 @@ def trace(model: nn.Module, targets: dict[str, Target], run: Callable[[], Any], 
         for handle in handles:
             handle.remove()
     groups: dict[tuple[int, ...], str] = {}
-    found.owners = {name: groups.setdefault(tuple(map(id, xs)), name) for name, xs in seen.items()}
+    found.owners = {name: groups.setdefault(tuple(which), name) for name, which in seen.items()}
     ends = {t.data_ptr() for output in returned for t in logits_in(output)}
-    returns = {name for name, y in last.items() if isinstance(y, Tensor) and y.data_ptr() in ends}
+    returns = {name for name, (place, storage) in last.items() if storage() is not None and place in ends}
     found.outputs = tuple(name for name in targets if name in returns)
     found.not_heads = tuple(name for name in heads if ends and name not in returns)
     return found

@@ -1,5 +1,6 @@
 """Spectra and directions of every target layer, from its weight and what calibration saw: the work behind a plan."""
 
+import logging
 from dataclasses import replace
 
 import torch
@@ -13,8 +14,11 @@ from ..config import JactusConfig
 from ..model.families import output_embedding
 from ..model.targets import Target, find_targets, refuse_absent
 from .latency import measured
+from .memory import plan_bytes, working_bytes
 from .plans import Plan, PlannedLayer, with_ranks
 from .subspace import Directions, Seen, Side, directions, metric, seen, task_rank
+
+logger = logging.getLogger("jactus")
 
 
 def plan(
@@ -27,6 +31,17 @@ def plan(
 
     Raises JactusError when the statistics are of another model or configuration, or weights are not finite.
     """
+    return planned(model, statistics, config, progress)
+
+
+def planned(
+    model: nn.Module,
+    statistics: Statistics | None,
+    config: JactusConfig | None = None,
+    progress: bool = True,
+    forget: bool = False,
+) -> Plan:
+    """`plan`; with `forget` the sums of a layer are dropped once it is planned, so that they make room for its directions."""
     if not isinstance(model, nn.Module) or not isinstance(statistics, Statistics | None):
         raise JactusError(
             f"plan takes (model, statistics, config), got ({type(model).__name__}, {type(statistics).__name__}, …)"
@@ -41,12 +56,19 @@ def plan(
         raise JactusError("plan needs statistics for this configuration; call jactus.calibrate first")
     if statistics is not None:
         _check_statistics(targets, statistics, config)
+    logger.info(
+        "planning %d layers: a plan of %.1f MB, and up to %.1f MB for one at a time", len(targets),
+        sum(plan_bytes(t.m, t.n) for t in targets.values()) / 1e6,
+        max(working_bytes(t.m, t.n, config.smaller_sides) for t in targets.values()) / 1e6,
+    )  # fmt: skip
     inputs = _InputCache(statistics, config)
     times = measured(targets, config) if config.budget.unit == "latency" else {}
     layers = {}
     for name, target in tqdm(targets.items(), "planning", unit="layer", disable=not progress):
         found = _plan_layer(target, statistics if needs_any else None, config, inputs)
         layers[name] = replace(found, times=times.get(name))
+        if forget and statistics is not None:
+            statistics.forget(name)
     counted = sum(t.m * t.n for t in targets.values())
     others = sum(p.numel() for p in model.parameters()) - counted
     outputs = statistics.outputs if statistics is not None else ()

@@ -262,7 +262,7 @@ def _seen_directions(N: Tensor, L: Tensor | None, A: Seen, keep: int) -> Directi
     solid = short > SOLID * short.max().clamp_min(torch.finfo(V.dtype).tiny) if keep else short > 0
     length = ((P * (S @ P)).sum(0).clamp_min(0) + delta * short.square()).sqrt()
     sigma[:keep] = length * solid
-    V = V / length.where(solid, torch.ones_like(length))
+    V.div_(length.where(solid, torch.ones_like(length)))  # in place: V is as large as the weight
     if not bool(solid.all()):
         V[:, ~solid] = _beside(V[:, solid], int((~solid).sum())) / (A.scale * (1 + A.damping)) ** 0.5
     nothing = N.new_zeros(0, 0)
@@ -299,7 +299,7 @@ def _right_directions(
         V, AV = (Q, Q) if L is None else (_solve_t(L, Q), L @ Q)
         return V, AV, R.diagonal().abs()
     length = (V * AV).sum(0).sqrt()
-    V, AV = V / length, AV / length
+    V, AV = V.div_(length), AV.div_(length)
     R = torch.linalg.cholesky(V.T @ AV).T  # the identity, but for the rounding that small σ magnify
     V, AV = (torch.linalg.solve_triangular(R, X, upper=True, left=False) for X in (V, AV))
     return V, AV, length * R.diagonal()
