@@ -1,6 +1,7 @@
 """Sums of each layer's smaller side: the same spectra and factors as from whole covariances, in less memory."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -9,7 +10,9 @@ import jactus
 from jactus import JactusConfig, JactusError, Statistics
 from jactus.calibration.passes import sum_bytes
 from jactus.calibration.sides import sides
+from jactus.calibration.tracing import trace
 from jactus.model.targets import Target
+from jactus.planning.planner import planned
 from jactus.planning.subspace import directions, metric, seen
 from tests.models import BERT, FAMILIES, GPT2, LLAMA, T5, cast
 from tests.test_resume import assert_identical, interrupted
@@ -299,3 +302,53 @@ def test_cross_attentions_share_what_they_read():
     cross = {s.inputs for n, s in found.layers.items() if n.endswith(("EncDecAttention.k", "EncDecAttention.v"))}
     assert len(cross) == 1
     assert cross <= set(found.input_sums)
+
+
+@pytest.mark.parametrize("config", [SEEN, WHOLE], ids=["seen", "whole"])
+def test_sums_that_are_planned_make_room_and_the_plan_is_the_same(config):
+    model = LLAMA.model()
+    statistics = jactus.calibrate(model, LLAMA.batches(), config, progress=False)
+    kept = jactus.plan(model, statistics, config, progress=False)
+    assert statistics.nbytes > 0
+    forgetful = planned(model, statistics, config, progress=False, forget=True)
+    assert statistics.nbytes == 0
+    assert forgetful.ranks == kept.ranks
+    for name, layer in kept.layers.items():
+        assert torch.equal(layer.energies, forgetful.layers[name].energies)
+        assert layer.scales == forgetful.layers[name].scales
+
+
+@pytest.mark.parametrize("values", [False, True])
+def test_the_look_at_the_first_batch_keeps_no_input_or_output_alive(values):
+    """As a forward without it; layers that share an input are told all the same."""
+    model = torch.nn.Sequential(*(torch.nn.Linear(6, 6) for _ in range(4)))
+    targets = {str(i): Target(str(i), layer, 6, 6, False) for i, layer in enumerate(model)}
+    alive, most = [], []
+
+    def watch(module, args):
+        alive.append(weakref.ref(args[0]))
+        most.append(sum(ref() is not None for ref in alive))
+
+    for layer in model:
+        layer.register_forward_pre_hook(watch)
+
+    def run():
+        y = torch.randn(2, 6)
+        for layer in model:
+            y = layer(y)
+        model[0](y), model[1](y)
+
+    with torch.no_grad():
+        run()
+    bare = max(most)
+    alive.clear(), most.clear()
+    found = trace(model, targets, run, values)
+    assert max(most) == bare < len(most)
+    assert found.owners == {name: name for name in targets}
+
+    def shared():
+        y = torch.randn(2, 6)
+        for layer in model:
+            layer(y)
+
+    assert set(trace(model, targets, shared, values).owners.values()) == {"0"}

@@ -233,6 +233,7 @@ def llama_sums() -> str:
         ("Σ_g, one for each layer", outputs),
         ('D, the mean gradients (`union=("weight", "gradient")` with a share only)', gradients),
         ("all", inputs + outputs + gradients),
+        ("without directions for the task, the default: of smaller sides", blocks * 11 * width**2),
     )
     return report.table(
         ("", "GB (10⁹ bytes)", "GiB"), [(name, f"{4 * n / 1e9:.1f}", f"{4 * n / 2**30:.1f}") for name, n in kinds]
@@ -256,7 +257,14 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "kernels-covariance": lambda: _rendered("kernels-h100.md", "covariance"),
     "compiled": compiled,
     "llama-sums": llama_sums,
+    "scale": lambda: _paragraph("scale.md", 0),
+    "scale-checked": lambda: _paragraph("scale.md", 1),
 }  # fmt: skip
+
+
+def _paragraph(name: str, number: int) -> str:
+    """A table of a file that has several, with a line between."""
+    return (RESULTS / name).read_text(encoding="utf-8").strip().split("\n\n")[number]
 
 
 def _rendered(name: str, heading: str) -> str:

@@ -1,0 +1,156 @@
+"""What large models take, estimated from their configs, and the estimate held to the peak of real runs.
+
+python -m bench.scale table > bench/results/scale.md
+python -m bench.scale measure smollm2 > bench/results/scale-smollm2.json
+"""
+
+import json
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import jactus
+from jactus.app.estimate import Estimate, estimate
+
+from . import memory, report
+
+RESULTS = Path(__file__).parent / "results"
+LLAMA: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16"}
+QWEN: dict[str, Any] = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "dtype": "bfloat16"}
+VIT: dict[str, Any] = {"architectures": ["ViTForImageClassification"], "model_type": "vit"}
+
+
+def _shape(kind: dict[str, Any], width: int, inner: int, blocks: int, heads: int, **more: Any) -> dict[str, Any]:
+    own = {"hidden_size": width, "intermediate_size": inner, "num_hidden_layers": blocks, "num_attention_heads": heads}
+    return kind | own | more
+
+
+# What of the published config.json files decides sizes.
+CONFIGS = {
+    "Llama-2-7B": _shape(LLAMA, 4096, 11008, 32, 32, vocab_size=32000),
+    "Llama-2-70B": _shape(LLAMA, 8192, 28672, 80, 64, num_key_value_heads=8, vocab_size=32000),
+    "Llama-3-8B": _shape(LLAMA, 4096, 14336, 32, 32, num_key_value_heads=8, vocab_size=128256),
+    "Qwen2.5-1.5B": _shape(
+        QWEN, 1536, 8960, 28, 12, num_key_value_heads=2, vocab_size=151936, tie_word_embeddings=True
+    ),
+    "Qwen2.5-7B": _shape(QWEN, 3584, 18944, 28, 28, num_key_value_heads=4, vocab_size=152064),
+    "ViT-B": _shape(VIT, 768, 3072, 12, 12),
+    "ViT-L": _shape(VIT, 1024, 4096, 24, 16),
+    "ViT-H": _shape(VIT, 1280, 5120, 32, 16, patch_size=14),
+}
+# Two blocks with the shapes of Llama-2-7B's, their sides divided; whole they want eight GB and, on one thread, a quarter of an hour.
+BLOCKS = {"llama-2-7b": 1, "llama-2-7b-half": 2, "llama-2-7b-quarter": 4}
+MEASURED = ("smollm2", *BLOCKS)
+TOKENS = 128
+
+
+def table() -> str:
+    """A row a model: GB by stage, and the sums with directions for the task, which need covariances whole."""
+    rows = []
+    for name, config in CONFIGS.items():
+        print(name, file=sys.stderr, flush=True)
+        plain = estimate(config, jactus.JactusConfig(union_share=0.0))
+        task = estimate(config, jactus.JactusConfig(union_share=0.1))
+        rows.append(
+            (
+                name,
+                f"{plain.parameters / 1e9:.2f}",
+                plain.dtype,
+                *(_gb(b) for b in (plain.weights, plain.sums, task.sums, plain.plan, plain.planning, plain.training)),
+                _gb(plain.deployed),
+                f"{plain.flops / 1e15:.2g}",
+            )
+        )
+    head = ("model", "10⁹ parameters", "dtype", "weights", "sums", "sums, with task directions", "plan")
+    return report.table((*head, "peak of planning", "training", "deployed", "PFLOP of calibration"), rows)
+
+
+def checked() -> str:
+    """A row a run: the estimate of its peak beside the peak."""
+    rows = []
+    for name in MEASURED:
+        if (file := RESULTS / f"scale-{name}.json").exists():
+            run = json.loads(file.read_text(encoding="utf-8"))
+            sizes = [_gb(run[k]) for k in ("weights", "sums", "plan", "working", "estimated", "peak")]
+            rows.append((run["model"], *sizes, f"{run['estimated'] / run['peak']:.2f}"))
+    return report.table(("model", "weights", "sums", "plan", "one layer", "estimate", "peak", "estimate / peak"), rows)
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.1f}" if size >= 1e9 else f"{size / 1e9:.2f}"
+
+
+def measure(name: str) -> dict[str, Any]:
+    """Calibrate and plan on so few tokens that activations are little; the most memory beyond what the process had before it made
+    the model."""
+    config = jactus.JactusConfig()
+    memory.forget_peak()
+    before = memory.used() or 0
+    model = _model(name)
+    expected: Estimate = estimate(model, config)
+    ids = torch.randint(5, 500, (1, TOKENS), generator=torch.Generator().manual_seed(0))
+    started = time.perf_counter()
+    statistics = jactus.calibrate(model, [{"input_ids": ids, "labels": ids}], config, verify=False, progress=False)
+    memory.forget_peak()  # what the activations took goes back to the system
+    with _Peak() as peak:
+        jactus.plan(model, statistics, config, progress=True)
+    estimated = expected.weights + statistics.nbytes + expected.plan + expected.working
+    return {
+        "model": "SmolLM2-135M" if name == "smollm2" else f"two blocks of Llama-2-7B, sides ÷ {BLOCKS[name]}",
+        "weights": expected.weights,
+        "sums": statistics.nbytes,
+        "plan": expected.plan,
+        "working": expected.working,
+        "estimated": estimated,
+        "peak": peak.most - before,
+        "seconds": time.perf_counter() - started,
+        "versions": report.versions(),
+    }
+
+
+class _Peak:
+    """The most memory in use inside the block, looked at ten times a second."""
+
+    def __init__(self) -> None:
+        self.most = 0
+        self.done = threading.Event()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+
+    def _watch(self) -> None:
+        while not self.done.wait(0.1):
+            self.most = max(self.most, memory.used() or 0)
+
+    def __enter__(self) -> "_Peak":
+        self.thread.start()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.done.set()
+        self.thread.join()
+
+
+def _model(name: str) -> nn.Module:
+    if name == "smollm2":
+        from .models import smollm2
+
+        return smollm2()[0]
+    torch.manual_seed(0)
+    shape = {"hidden_size": 4096 // BLOCKS[name], "intermediate_size": 11008 // BLOCKS[name], "num_hidden_layers": 2}
+    return LlamaForCausalLM._from_config(LlamaConfig(vocab_size=512, **shape), dtype=torch.bfloat16).eval()
+
+
+def main(argv: list[str]) -> None:
+    if argv[0] == "measure":
+        print(json.dumps(measure(argv[1]), indent=1))
+    else:
+        print(f"{table()}\n\n{checked()}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
