@@ -64,7 +64,7 @@ def table() -> str:
                 plain.dtype,
                 *(_gb(b) for b in (plain.weights, plain.sums, task.sums, plain.plan, plain.planning, plain.training)),
                 _gb(plain.deployed),
-                f"{plain.flops / 1e15:.2g}",
+                f"{plain.flops / 1e15:.1f}",
             )
         )
     head = ("model", "10⁹ parameters", "dtype", "weights", "sums", "sums, with task directions", "plan")
