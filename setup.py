@@ -16,10 +16,10 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["jactus", "jactus.*", "jactus_kernels", "jactus_kernels.*"]),
     package_data={
-        "jactus": ["py.typed", "app/page.html", "app/page.css"],
+        "jactus": ["py.typed", "app/page.html", "app/page.css", "app/card.md", "app/recipes/*.yaml"],
         "jactus_kernels": ["py.typed", "measured/*.csv"],
     },
-    entry_points={"console_scripts": ["jactus = jactus.cli:main"]},
+    entry_points={"console_scripts": ["jactus = jactus.app.main:main"]},
     # A lower bound only: an installed torch satisfies it and is never replaced.
     install_requires=[
         "torch>=2.6",
@@ -30,14 +30,30 @@ setup(
         "numpy",
         "tqdm",
         "matplotlib",
-        "jinja2",  # the page of a run
+        "jinja2",  # the page and the card of a run
+        "typer",
+        "rich",
+        "pyyaml",
+        "huggingface_hub",
         "xxhash",  # checkpoint digests at memory speed; sha256 would double the time of a load
     ],
     extras_require={
+        "fit": ["pandas", "pyarrow", "pillow"],
         "examples": ["pillow", "psutil"],
         "export": EXPORT,
         "ecosystem": ECOSYSTEM,  # what tests/test_ecosystem_*.py tries the package with
-        "test": ["pytest", "pytest-benchmark", "pillow", "psutil", *PAGES, "setuptools>=70.1", *EXPORT, *ECOSYSTEM],
+        "test": [
+            "pytest",
+            "pytest-benchmark",
+            "pandas",
+            "pyarrow",
+            "pillow",
+            "psutil",
+            *PAGES,
+            "setuptools>=70.1",
+            *EXPORT,
+            *ECOSYSTEM,
+        ],
         # PEFT's CorDA imports attrs without declaring it
         "bench": ["peft", "attrs", "eigentune==0.2.0", "filelock", "gguf"],
         "lint": ["ruff==0.17.6", "mypy==2.4.1"],

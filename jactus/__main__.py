@@ -1,0 +1,7 @@
+"""`python -m jactus` is the command `jactus`."""
+
+import sys
+
+from .app.main import main
+
+sys.exit(main())

@@ -1,0 +1,50 @@
+"""What a run would do and what it takes, from the data and the model's shapes alone; nothing is written or computed."""
+
+from pathlib import Path
+from typing import Any
+
+from ..calibration.passes import partition, sum_bytes
+from ..calibration.summing import Summing
+from ..model.families import output_embedding
+from ..model.targets import find_targets
+from . import subject
+from .encoding import encode
+from .fitting import told
+from .settings import Settings
+from .training import steps
+from .work import check_output
+
+
+def cost(settings: Settings) -> dict[str, Any]:
+    """Counts by name. Raises JactusError as the run would before it begins."""
+    check_output(Path(settings.output))
+    data = told(settings)
+    encoded = encode(data, settings)
+    model = subject.empty(settings, data)
+    config = settings.config()
+    targets = find_targets(model, config)
+    config = config.with_share(output_embedding(model) is not None)
+    limit = None if settings.memory_limit is None else int(settings.memory_limit)
+    sums = Summing.checked("float32", None, 1.0, limit)
+    passes = [sum(sum_bytes(t, config, sums) for t in part) for part in partition(targets, config, sums)]
+    targeted = sum(t.m * t.n for t in targets.values())
+    parameters = sum(p.numel() for p in model.parameters())
+    calibration, held_out = encoded.calibration(settings.calibration_rows), encoded.held_out()
+    tokens = None if data.found.task == "images" else sum(len(row["input_ids"]) for row in encoded.train)
+    return {
+        "task": data.found.task,
+        "because": data.found.why,
+        "rows to train": len(data.train),
+        "rows to validate": len(data.validation),
+        "tokens to train on, a pass": tokens,
+        "parameters": parameters,
+        "layers to compress": len(targets),
+        "parameters to deploy": parameters - targeted + int(settings.budget * targeted),
+        "batches to calibrate on (forward and backward)": len(calibration) * len(passes),
+        "steps of training": steps(len(encoded.train), settings),
+        "batches to validate, in all (forward)": len(held_out) * (5 + int(settings.epochs)),
+        "bytes of weights": sum(p.numel() * p.element_size() for p in model.parameters()),
+        "bytes of calibration sums at a time, at most": max(passes),
+        # directions in float32 up to the full rank of each layer: twice the weights
+        "bytes of files in OUTPUT/.work, about": sum(passes) + 8 * targeted,
+    }

@@ -1,0 +1,54 @@
+"""The command `jactus`: a verb a stage, and `fit`, which is all of them.
+
+To add a verb: import its function and name it in `VERBS`.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import typer
+
+from jactus_kernels import JactusError
+
+from .verbs import calibrate, compress, copy_recipe, fit, fold, inspect, list_recipes, merge, plan, report, train
+
+VERBS: tuple[Callable[..., Any], ...] = (fit, calibrate, plan, compress, train, fold, merge, inspect, report)
+
+USAGE: Any = typer.BadParameter.__bases__[0]  # the error of usage, which typer does not export by name
+app = typer.Typer(
+    name="jactus",
+    help="Make a pretrained transformer smaller and adapt it to your task, in one step.",
+    add_completion=False,
+    rich_markup_mode=None,
+)
+for verb in VERBS:
+    app.command()(verb)
+recipe = typer.Typer(help="Recipes that come with the package.")
+recipe.command("ls")(list_recipes)
+recipe.command("cp")(copy_recipe)
+app.add_typer(recipe, name="recipe")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0, 1 after an error, 2 of usage, 130 when it was interrupted. An error is a line
+    on stderr, without a traceback."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        status = app(args=words, prog_name="jactus", standalone_mode=False, obj=["jactus", *words])
+        return status if isinstance(status, int) else 0
+    except JactusError as e:
+        return _failed(str(e), 1)
+    except USAGE as e:
+        return _failed(f"{e.format_message()} (jactus --help)", 2)
+    except KeyboardInterrupt:
+        return 130
+
+
+def _failed(message: str, status: int) -> int:
+    print(f"jactus: {' '.join(message.split())}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,258 @@
+"""The verbs of the command line: each is a function that typer reads. What is heavy is imported when a verb runs."""
+
+import dataclasses
+import functools
+import inspect as signatures
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from jactus_kernels import JactusError
+
+from .console import quiet, table
+from .settings import RECIPES, Settings, recipes, settings
+
+Recipe = Annotated[str | None, typer.Option("--config", help="A recipe: a YAML file of these options, or its name.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, and nothing else there.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done and what it takes; change nothing.")]
+
+
+def with_settings(verb: Callable[..., None]) -> Callable[..., None]:
+    """The verb with an option for each field of `Settings`, given to it as one `Settings`."""
+
+    @functools.wraps(verb)
+    def called(context: typer.Context, config: str | None, json: bool, dry_run: bool, **given: Any) -> None:
+        chosen = settings({name: value or None if name == "text" else value for name, value in given.items()}, config)
+        for name, called in (("data", "DATA"), ("model", "--model"), ("output", "--output")):
+            if not getattr(chosen, name):
+                raise typer.BadParameter(f"{called} is missing, which says: {_help(name)}")
+        if dry_run:
+            return _dry(chosen, json)
+        return verb(chosen, list(context.obj), json)
+
+    parameters = [_parameter("context", typer.Context)]
+    for f in dataclasses.fields(Settings):
+        if f.name != "method":
+            parameters.append(_parameter(f.name, _annotated(f), None))
+    parameters += [
+        _parameter("config", Recipe, None),
+        _parameter("json", Json, False),
+        _parameter("dry_run", DryRun, False),
+    ]
+    called.__signature__ = signatures.Signature(parameters)  # type: ignore[attr-defined]
+    called.__annotations__ = {p.name: p.annotation for p in parameters}
+    return called
+
+
+def _parameter(name: str, annotation: Any, *default: Any) -> signatures.Parameter:
+    kind = signatures.Parameter.KEYWORD_ONLY
+    return signatures.Parameter(
+        name, kind, annotation=annotation, default=default[0] if default else signatures.Parameter.empty
+    )
+
+
+def _annotated(f: Any) -> Any:
+    if f.name == "data":
+        return Annotated[str | None, typer.Argument(help=f.metadata["help"], show_default=False)]
+    shown = f" [default: {f.default}]" if f.default not in (None, "", False) else ""
+    return Annotated[f.type | None, typer.Option(help=f.metadata["help"] + shown, show_default=False)]
+
+
+def _help(name: str) -> str:
+    return next(f.metadata["help"] for f in dataclasses.fields(Settings) if f.name == name)
+
+
+def _dry(chosen: Settings, as_json: bool) -> None:
+    with quiet():
+        from . import dry
+
+        found = dry.cost(chosen)
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    shown = table("What would be done; nothing was", "", "")
+    for name, value in found.items():
+        shown.add_row(name, f"{value:,}" if isinstance(value, int) else str(value))
+    _print(shown)
+
+
+def _upto(verb: str, chosen: Settings, command: list[str]) -> Any:
+    """The run after the stage of that name; Ctrl-C says how to go on."""
+    from . import fitting
+
+    with quiet() as findings:
+        run = fitting.begun(chosen, command, findings)
+        with fitting.resumable(command):
+            fitting.upto(run, verb)
+    return run
+
+
+@with_settings
+def fit(chosen: Settings, command: list[str], as_json: bool) -> None:
+    """Compress a model, adapt it to DATA, check it, and write it with its card and a page: all the stages."""
+    from . import finish, fitting
+
+    with quiet() as findings:
+        run = fitting.begun(chosen, command, findings)
+        with fitting.resumable(command):
+            fitting.upto(run, "train")
+            described = finish.finish(run)
+    if as_json:
+        print(json.dumps({"output": chosen.output, **asdict(described)}, indent=1))
+        return
+    shown = table(f"{described.base}, {described.task}", "", described.metric, "loss", "parameters", "ms a batch")
+    sizes = {size.of: size for size in described.sizes}
+    for score in described.scores:
+        size = sizes.get({"dense": "dense", "trained": "training", "reloaded": "deployed"}.get(score.of, ""))
+        took = f"{size.milliseconds:.1f}" if size and size.milliseconds is not None else ""
+        parameters = f"{size.parameters:,}" if size else ""
+        shown.add_row(score.of, f"{score.metric:.4f}", f"{score.loss:.4f}", parameters, took)
+    _print(shown)
+
+
+@with_settings
+def calibrate(chosen: Settings, command: list[str], as_json: bool) -> None:
+    """Fit the head and sum what DATA says of every layer; keeps it in OUTPUT/.work."""
+    run = _upto("calibrate", chosen, command)
+    found = run.work.stages["calibrate"]
+    _result(run, "calibrate", {"tokens": found["tokens"], "checks": found["checks"]}, as_json)
+
+
+@with_settings
+def plan(chosen: Settings, command: list[str], as_json: bool) -> None:
+    """Go on to a rank for every layer, and to what each budget would give."""
+    from . import finish, fitting
+
+    run = _upto("plan", chosen, command)
+    made = fitting.the_plan(run)
+    sweep = [asdict(each) for each in finish.swept(made)]
+    if not as_json:
+        print(made)
+        shown = table("What each budget would give", "budget", "parameters", "loss it is predicted to add")
+        for each in sweep:
+            shown.add_row(f"{each['budget']:.0%}", f"{each['parameters']:,}", f"{each['predicted']:.4f}")
+        _print(shown)
+    _result(run, "plan", {"ranks": made.ranks, "predicted": made.predicted_loss, "sweep": sweep}, as_json)
+
+
+@with_settings
+def compress(chosen: Settings, command: list[str], as_json: bool) -> None:
+    """Go on to the compressed model, untrained, in OUTPUT/compressed, for a training loop of your own."""
+    run = _upto("compress", chosen, command)
+    _keep(run, "compressed")
+    found = run.work.stages["compress"]
+    _result(run, "compressed", {"score": found["score"], "learning_rate": found["rate"]}, as_json)
+
+
+@with_settings
+def train(chosen: Settings, command: list[str], as_json: bool) -> None:
+    """Go on to the trained model, in OUTPUT/trained, which can be trained on; `jactus fold` makes it ready to deploy."""
+    run = _upto("train", chosen, command)
+    _keep(run, "trained")
+    _result(run, "trained", {"score": run.work.stages["train"]["score"]}, as_json)
+
+
+def _keep(run: Any, name: str) -> None:
+    from ..checkpoints.checkpoint import save_pretrained
+
+    folder = Path(run.settings.output) / name
+    save_pretrained(run.model, folder)
+    run.encoded.processor.save_pretrained(folder)
+
+
+def _result(run: Any, name: str, found: dict[str, Any], as_json: bool) -> None:
+    where = Path(run.settings.output)
+    files = where / name if (where / name).is_dir() else run.work.folder / name
+    if as_json:
+        print(json.dumps({"files": str(files), **found}, indent=1))
+    else:
+        print(files)
+
+
+def fold(
+    checkpoint: Annotated[Path, typer.Argument(help="A trained checkpoint.")],
+    output: Annotated[Path, typer.Argument(help="The folder to write.")],
+) -> None:
+    """Multiply the cores in: a checkpoint for deployment, r(m+n−r) parameters a layer."""
+    from ..compression import surgery
+
+    _convert(surgery.fold, checkpoint, output)
+
+
+def merge(
+    checkpoint: Annotated[Path, typer.Argument(help="A compressed checkpoint.")],
+    output: Annotated[Path, typer.Argument(help="The folder to write.")],
+) -> None:
+    """Multiply everything out: an ordinary dense checkpoint."""
+    from ..compression import surgery
+
+    _convert(surgery.merge, checkpoint, output)
+
+
+def _convert(change: Callable[[Any], Any], checkpoint: Path, output: Path) -> None:
+    from ..checkpoints.checkpoint import save_pretrained
+    from ..report import size
+    from .folders import copy_others, load
+
+    with quiet():
+        model = load(checkpoint)
+        change(model)
+        save_pretrained(model, output)
+        copy_others(checkpoint, output)
+    print(f"{output}: {size(model).stored:,} parameters")
+
+
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A checkpoint folder or a plan file.")],
+    budget: Annotated[float | None, typer.Option(help="Show a plan at another budget.")] = None,
+) -> None:
+    """What a checkpoint's layers or a plan's ranks are, and what they cost."""
+    from .folders import described
+
+    with quiet():
+        text = described(path, budget)
+    print(text)
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(help="A folder that `jactus fit` wrote.")],
+    output: Annotated[Path | None, typer.Option(help="The page to write; FOLDER/report.html by default.")] = None,
+) -> None:
+    """Make the page of a run again, from its record."""
+    from . import page
+    from .record import Run
+
+    target = output or folder / "report.html"
+    page.write(Run.load(folder), target)
+    print(target)
+
+
+def list_recipes() -> None:
+    """The recipes: name and what each is for."""
+    for name, first in recipes().items():
+        print(f"{name:<12} {first}")
+
+
+def copy_recipe(
+    name: Annotated[str, typer.Argument(help="Of `jactus recipe ls`.")],
+    file: Annotated[Path | None, typer.Argument(help="Where to; NAME.yaml here by default.")] = None,
+) -> None:
+    """Copy a recipe, to edit and to give to --config."""
+    target = file or Path(f"{name}.yaml")
+    if name not in recipes():
+        raise JactusError(f"there is no recipe {name!r}, but {', '.join(recipes())}")
+    if target.exists():
+        raise JactusError(f"{target} exists; name another file")
+    target.write_text((RECIPES / f"{name}.yaml").read_text(encoding="utf-8"), encoding="utf-8")
+    print(target)
+
+
+def _print(shown: Table) -> None:
+    from rich.console import Console
+
+    Console(highlight=False).print(shown)

@@ -1,0 +1,97 @@
+"""The files of a run's stages, so that the same command goes on where it stopped, and a changed setting redoes what depends on
+it and nothing else."""
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jactus_kernels import JactusError
+
+from ..checkpoints import storage
+from .console import say
+
+FOLDER = ".work"
+
+
+class Work:
+    """The folder OUTPUT/.work: for each stage a folder with what determines it (`of.json`), its files, and, once it is done,
+    what it found and how long it took (`done.json`)."""
+
+    def __init__(self, output: Path) -> None:
+        self.output, self.folder = output, output / FOLDER
+        self.stages: dict[str, dict[str, Any]] = {}
+        check_output(output)
+
+    def stage(self, name: str, of: dict[str, Any], make: Callable[[Path], dict[str, Any]]) -> Path:
+        """The folder of a stage with its files, which `make` writes unless they are there; it returns what is to be kept in
+        `done.json`. `of`: what determines the stage, by names that a person knows."""
+        folder = self.folder / name
+        of = json.loads(json.dumps(_flat(of)))
+        before = _read(folder / "of.json")
+        if before is not None and before != of:
+            changed = [key for key in {**before, **of} if before.get(key) != of.get(key)]
+            told = "; ".join(f"{key} was {_short(before.get(key))}, is {_short(of.get(key))}" for key in changed[:3])
+            say(f"{name}: done again, since {told}")
+        if before != of:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            _write(folder / "of.json", of)
+        found = _read(folder / "done.json")
+        if found is None:
+            started = time.perf_counter()
+            try:
+                found = make(folder)
+            except BaseException:
+                _write(folder / "spent.json", self._spent(folder) + time.perf_counter() - started)
+                raise
+            found["seconds"] = self._spent(folder) + time.perf_counter() - started
+            _write(folder / "done.json", found)
+        else:
+            say(f"{name}: as it was done before ({found['seconds']:.0f} s)")
+        self.stages[name] = found
+        return folder
+
+    def _spent(self, folder: Path) -> float:
+        """Seconds of attempts that were interrupted, but by a kill."""
+        return _read(folder / "spent.json") or 0.0
+
+    def clear(self) -> None:
+        """Take the folder away."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def check_output(output: Path) -> None:
+    """Raise JactusError where the folder holds what is not of a run that can go on."""
+    if output.exists() and not output.is_dir():
+        raise JactusError(f"{output} is a file; --output is a folder to write")
+    if output.is_dir() and any(output.iterdir()) and not (output / FOLDER).is_dir():
+        held = "a finished run" if (output / "jactus-run.json").exists() else next(output.iterdir()).name
+        raise JactusError(f"{output} holds {held}; choose another --output, or take it away")
+
+
+def _flat(values: dict[str, Any], above: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{above}{key}.") if isinstance(value, dict) else {f"{above}{key}": value}
+    return flat
+
+
+def _short(value: Any) -> str:
+    return json.dumps(value) if len(json.dumps(value)) <= 40 else f"{json.dumps(value)[:36]}…"
+
+
+def _read(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as e:
+        raise JactusError(f"{file} cannot be read ({e}); take {file.parent} away to do that stage again") from e
+
+
+def _write(file: Path, value: Any) -> None:
+    with storage.atomic(file) as partial:
+        partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
