@@ -9,7 +9,7 @@ A room for each step of the method, from the ground up; each folder's docstring 
     planning/          steps 2 to 4: directions, their union, a rank for every layer
     compression/       steps 5 and 6: put the factors in, choose what trains, fold, merge
     export/            a model in forms that need no jactus
-    pipeline           the one line, `adapt`; cli, report: on top of all
+    pipeline           the one line, `adapt`; report, app/ (the command line): on top of all
 """
 
 from jactus_kernels import JactusError

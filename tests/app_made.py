@@ -23,7 +23,7 @@ from jactus.app.main import main
 GOOD, BAD = ("good", "lovely", "fine", "great"), ("bad", "awful", "poor", "dull")
 FILLING = ("a", "the", "film", "plot", "cast", "is", "was", "very", "it", "we")
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", *GOOD, *BAD, *FILLING, "yes", "no", "?")
-WIDE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+WIDE = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
 WIDE["initializer_range"] = 0.2  # so large that the words can be told apart
 
 
@@ -83,7 +83,7 @@ def pairs(file, rows=48):
     """Two sentences: are they of one mind?"""
     draw = random.Random(1)
     kept = []
-    for i in range(rows):
+    for _ in range(rows):
         one, other = draw.choice((GOOD, BAD)), draw.choice((GOOD, BAD))
         kept.append({"premise": sentence(draw, one), "hypothesis": sentence(draw, other), "label": int(one is other)})
     file.write_text("\n".join(map(json.dumps, kept)), encoding="utf-8")

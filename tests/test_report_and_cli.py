@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 import jactus
-from jactus.cli import main
+from jactus.app.main import main
 from jactus.report import places
 from tests.models import BERT, FAMILIES, LLAMA, SMALL
 

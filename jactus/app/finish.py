@@ -5,6 +5,7 @@ import datetime
 import json
 import math
 import platform
+import shlex
 import time
 from pathlib import Path
 
@@ -51,7 +52,7 @@ def finish(run: Run) -> record.Run:
     scores = {"dense": "head", "compressed": "compress", "trained": "train"}
     made = the_plan(run)
     described = record.Run(
-        command=" ".join(run.command),
+        command=shlex.join(run.command),
         base=run.settings.model,
         task=run.data.found.task,
         metric="perplexity" if of_language else "accuracy",

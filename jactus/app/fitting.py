@@ -125,7 +125,8 @@ def calibrated(run: Run) -> None:
             run.model, chosen, config, memory_limit=run.memory_limit, resume=folder / "snapshot.safetensors"
         )
         sums.save(folder / "statistics.safetensors")
-        return {"checks": list(dict.fromkeys(run.findings.said)), "tokens": max(sums.tokens.values())}
+        checks = [said for said in dict.fromkeys(run.findings.said) if not said.startswith("calibrating ")]
+        return {"checks": checks, "tokens": max(sums.tokens.values())}
 
     run.work.stage("calibrate", dict(run.of), make)
 

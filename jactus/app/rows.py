@@ -97,10 +97,8 @@ def _checked(columns: Columns, found: Guess, where: str) -> list[Row]:
         for place, (name, text) in enumerate(zip(found.text, texts)):
             if text is None and prompt and place:
                 continue  # an instruction may have no further input
-            if not isinstance(text, str):
+            if not isinstance(text, str) or not (text.strip() or (prompt and place)):
                 wrong[f"no text under {name!r}"].append(number)
-            elif not text.strip() and not (prompt and place):
-                wrong[f"an empty text under {name!r}"].append(number)
         if found.label and (label is None or not str(label).strip()):
             wrong[f"no {'answer' if prompt else 'label'} under {found.label!r}"].append(number)
         elif found.label and (not isinstance(label, str) if prompt else isinstance(label, list | dict)):

@@ -68,6 +68,11 @@ class Settings:
         self.config()
         return self
 
+    @staticmethod
+    def help(name: str) -> str:
+        """What an option means."""
+        return next(f.metadata["help"] for f in fields(Settings) if f.name == name)
+
     def config(self) -> JactusConfig:
         """The settings of the method. Raises JactusError for a value out of range."""
         return JactusConfig().replace(budget=self.budget, **self.method)
@@ -84,7 +89,7 @@ def settings(given: dict[str, Any], recipe: str | None = None) -> Settings:
     Raises JactusError for an unknown name in the recipe, or a value that is not allowed.
     """
     known = {f.name for f in fields(Settings)} - {"method"}
-    method_names = ({f.name for f in fields(JactusConfig)} | set(FLAT)) - {"budget", "core"}
+    method_names = ({f.name for f in fields(JactusConfig)} | set(FLAT)) - {"core"} - known
     read = read_recipe(recipe) if recipe else {}
     method = {}
     for name in list(read):

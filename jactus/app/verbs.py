@@ -1,8 +1,5 @@
 """The verbs of the command line: each is a function that typer reads. What is heavy is imported when a verb runs."""
 
-import dataclasses
-import functools
-import inspect as signatures
 import json
 from collections.abc import Callable
 from dataclasses import asdict
@@ -15,70 +12,8 @@ from rich.table import Table
 from jactus_kernels import JactusError
 
 from .console import quiet, table
-from .settings import RECIPES, Settings, recipes, settings
-
-Recipe = Annotated[str | None, typer.Option("--config", help="A recipe: a YAML file of these options, or its name.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, and nothing else there.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done and what it takes; change nothing.")]
-
-
-def with_settings(verb: Callable[..., None]) -> Callable[..., None]:
-    """The verb with an option for each field of `Settings`, given to it as one `Settings`."""
-
-    @functools.wraps(verb)
-    def called(context: typer.Context, config: str | None, json: bool, dry_run: bool, **given: Any) -> None:
-        chosen = settings({name: value or None if name == "text" else value for name, value in given.items()}, config)
-        for name, called in (("data", "DATA"), ("model", "--model"), ("output", "--output")):
-            if not getattr(chosen, name):
-                raise typer.BadParameter(f"{called} is missing, which says: {_help(name)}")
-        if dry_run:
-            return _dry(chosen, json)
-        return verb(chosen, list(context.obj), json)
-
-    parameters = [_parameter("context", typer.Context)]
-    for f in dataclasses.fields(Settings):
-        if f.name != "method":
-            parameters.append(_parameter(f.name, _annotated(f), None))
-    parameters += [
-        _parameter("config", Recipe, None),
-        _parameter("json", Json, False),
-        _parameter("dry_run", DryRun, False),
-    ]
-    called.__signature__ = signatures.Signature(parameters)  # type: ignore[attr-defined]
-    called.__annotations__ = {p.name: p.annotation for p in parameters}
-    return called
-
-
-def _parameter(name: str, annotation: Any, *default: Any) -> signatures.Parameter:
-    kind = signatures.Parameter.KEYWORD_ONLY
-    return signatures.Parameter(
-        name, kind, annotation=annotation, default=default[0] if default else signatures.Parameter.empty
-    )
-
-
-def _annotated(f: Any) -> Any:
-    if f.name == "data":
-        return Annotated[str | None, typer.Argument(help=f.metadata["help"], show_default=False)]
-    shown = f" [default: {f.default}]" if f.default not in (None, "", False) else ""
-    return Annotated[f.type | None, typer.Option(help=f.metadata["help"] + shown, show_default=False)]
-
-
-def _help(name: str) -> str:
-    return next(f.metadata["help"] for f in dataclasses.fields(Settings) if f.name == name)
-
-
-def _dry(chosen: Settings, as_json: bool) -> None:
-    with quiet():
-        from . import dry
-
-        found = dry.cost(chosen)
-    if as_json:
-        print(json.dumps(found, indent=1))
-        return
-    shown = table("What would be done; nothing was", "", "")
-    for name, value in found.items():
-        shown.add_row(name, f"{value:,}" if isinstance(value, int) else str(value))
-    _print(shown)
+from .flags import with_settings
+from .settings import RECIPES, Settings, recipes
 
 
 def _upto(verb: str, chosen: Settings, command: list[str]) -> Any:
