@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 import typer
 
 from jactus_kernels import JactusError
@@ -21,6 +22,7 @@ app = typer.Typer(
     help="Make a pretrained transformer smaller and adapt it to your task, in one step.",
     add_completion=False,
     rich_markup_mode=None,
+    pretty_exceptions_enable=False,
 )
 for verb in VERBS:
     app.command()(verb)
@@ -39,6 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status if isinstance(status, int) else 0
     except JactusError as e:
         return _failed(str(e), 1)
+    except (OSError, MemoryError, torch.OutOfMemoryError) as e:
+        less = (
+            "" if isinstance(e, OSError) else "; a smaller --batch-size or --max-length, or --memory-limit, takes less"
+        )
+        return _failed(f"{type(e).__name__}: {e}{less}", 1)
     except USAGE as e:
         return _failed(f"{e.format_message()} (jactus --help)", 2)
     except KeyboardInterrupt:

@@ -65,11 +65,7 @@ def load(settings: Settings, data: Data, processor: Any) -> PreTrainedModel:
     fresh = sorted(set(told["missing_keys"]) - set(head_parameters(model)))
     if fresh:
         say(f"note: {settings.model} has no {fresh[0]} (nor {len(fresh) - 1} others), which begin at random values")
-    if (
-        model.config.pad_token_id is None
-        and not isinstance(processor, type(None))
-        and hasattr(processor, "pad_token_id")
-    ):
+    if hasattr(processor, "pad_token_id") and getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = processor.pad_token_id  # classifiers of decoders find the last token by it
     return model.to(DEVICE).eval()
 

@@ -95,6 +95,7 @@ def trained(
     Raises KeyboardInterrupt after Ctrl-C, when a checkpoint was written.
     """
     half = next(model.parameters()).dtype == torch.bfloat16
+    less_memory: dict[str, Any] = {"gradient_checkpointing": True} if settings.gradient_checkpointing else {}
     arguments = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=settings.epochs,
@@ -111,7 +112,7 @@ def trained(
         disable_tqdm=True,
         report_to="none",
         remove_unused_columns=False,
-        **({"gradient_checkpointing": True} if settings.gradient_checkpointing else {}),
+        **less_memory,
     )
     keeper = Keeper(model, encoded, of_language)
     trainer = Trainer(
