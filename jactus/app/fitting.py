@@ -173,19 +173,20 @@ def train(run: Run) -> None:
     run.of |= {name: getattr(settings, name) for name in own} | {"learning_rate": settings.learning_rate}
 
     def make(folder: Path) -> dict[str, Any]:
-        points = trained(run.model, run.encoded, settings, run.data.of_language, rate, folder / "trainer")
+        points, last = trained(run.model, run.encoded, settings, run.data.of_language, rate, folder / "trainer")
         save_cores(run.model, folder / "trained.safetensors")
-        return {"score": score(run, "trained"), "points": [asdict(point) for point in points], "rate": rate}
+        return {"score": score(run, "trained", last), "points": [asdict(point) for point in points], "rate": rate}
 
     folder = run.work.stage("train", dict(run.of), make)
     load_cores(run.model, folder / "trained.safetensors")
     run.model.eval()
 
 
-def score(run: Run, of: str) -> dict[str, float]:
-    """What the model makes of the validation rows, said on stderr."""
-    found = subject.measure(run.model, run.encoded.held_out(), run.data.of_language, f"validating ({of})")
-    named = f"perplexity {found.metric:.2f}" if run.data.of_language else f"accuracy {found.metric:.4f}"
+def score(run: Run, of: str, known: subject.Measured | None = None) -> dict[str, float]:
+    """What the model makes of the validation rows, said on stderr; measured unless it is known."""
+    batches, of_language = run.encoded.held_out(), run.data.of_language
+    found = known or subject.measure(run.model, batches, of_language, f"validating ({of})")
+    named = f"perplexity {found.metric:.2f}" if of_language else f"accuracy {found.metric:.4f}"
     say(f"{of}: {named}, loss {found.loss:.4f}")
     return asdict(found)
 

@@ -56,7 +56,7 @@ def _parameter(name: str, annotation: Any, *default: Any) -> inspect.Parameter:
 def _annotated(f: Any) -> Any:
     if f.name == "data":
         return Annotated[str | None, typer.Argument(help=f.metadata["help"], show_default=False)]
-    shown = f" [default: {f.default}]" if f.default not in (None, "", False) else ""
+    shown = f" [default: {f.default}]" if f.default not in (None, "") and f.default is not False else ""
     return Annotated[f.type | None, typer.Option(help=f.metadata["help"] + shown, show_default=False)]
 
 

@@ -3,7 +3,6 @@
 import signal
 import threading
 import time
-from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -24,8 +23,9 @@ from .console import say
 from .encoding import Encoded
 from .record import Point
 from .settings import Settings
-from .subject import DEVICE, measure
+from .subject import DEVICE, Measured, measure
 
+METRIC, LOSS = "validation_metric", "validation_loss"  # in the history that checkpoints keep
 COMPLETE = "complete"  # in a checkpoint that was written to its end
 LEAST = 60.0  # seconds between checkpoints, which take a twentieth of the time at most
 
@@ -75,7 +75,7 @@ class Keeper(TrainerCallback):
             return
         found = measure(self.model, self.encoded.held_out(), self.of_language, "validating")
         point = {"step": state.global_step, "epoch": float(state.epoch or 0.0)}
-        state.log_history.append({**point, **{f"validation_{key}": value for key, value in asdict(found).items()}})
+        state.log_history.append({**point, METRIC: found.metric, LOSS: found.loss})
         control.should_log = True  # so that the training loss is known at that step, too
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
@@ -89,8 +89,9 @@ def steps(rows: int, settings: Settings) -> int:
 
 def trained(
     model: PreTrainedModel, encoded: Encoded, settings: Settings, of_language: bool, rate: float, folder: Path
-) -> list[Point]:
-    """Train the model in place, from a checkpoint in `folder` if there is one; returns what was seen on the way.
+) -> tuple[list[Point], Measured | None]:
+    """Train the model in place, from a checkpoint in `folder` if there is one; returns what was seen on the way, and what was
+    measured after the last step (None where an epoch did not end with it).
 
     Raises KeyboardInterrupt after Ctrl-C, when a checkpoint was written.
     """
@@ -128,13 +129,15 @@ def trained(
         trainer.train(resume_from_checkpoint=str(begun) if begun else None)
     finally:
         if here:
-            signal.signal(signal.SIGINT, before)
+            signal.signal(signal.SIGINT, before or signal.SIG_DFL)
         if keeper.bar is not None:
             keeper.bar.close()
     if keeper.asked and trainer.state.global_step < trainer.state.max_steps:
         raise KeyboardInterrupt
     model.eval()
-    return _points(trainer.state.log_history)
+    history = trainer.state.log_history
+    last = {each["step"]: Measured(each[METRIC], each[LOSS]) for each in history if METRIC in each}
+    return _points(history), last.get(trainer.state.global_step)
 
 
 def checkpoint(folder: Path) -> Path | None:
@@ -144,6 +147,6 @@ def checkpoint(folder: Path) -> Path | None:
 
 
 def _points(history: list[dict[str, Any]]) -> list[Point]:
-    metrics = {entry["step"]: entry["validation_metric"] for entry in history if "validation_metric" in entry}
+    metrics = {entry["step"]: entry[METRIC] for entry in history if METRIC in entry}
     seen = [entry for entry in history if "loss" in entry]
     return [Point(e["step"], float(e["epoch"]), float(e["loss"]), metrics.get(e["step"])) for e in seen]

@@ -29,7 +29,7 @@ def _upto(verb: str, chosen: Settings, command: list[str]) -> Any:
 
 @with_settings
 def fit(chosen: Settings, command: list[str], as_json: bool) -> None:
-    """Compress a model, adapt it to DATA, check it, and write it with its card and a page: all the stages."""
+    """From DATA to a smaller, adapted model. Goes through all the stages, checks, and writes it with its card and page."""
     from . import finish, fitting
 
     with quiet() as findings:
@@ -52,7 +52,7 @@ def fit(chosen: Settings, command: list[str], as_json: bool) -> None:
 
 @with_settings
 def calibrate(chosen: Settings, command: list[str], as_json: bool) -> None:
-    """Fit the head and sum what DATA says of every layer; keeps it in OUTPUT/.work."""
+    """Sum what DATA says of every layer. Fits the head first; all is kept in OUTPUT/.work."""
     run = _upto("calibrate", chosen, command)
     found = run.work.stages["calibrate"]
     _result(run, "calibrate", {"tokens": found["tokens"], "checks": found["checks"]}, as_json)
@@ -60,7 +60,7 @@ def calibrate(chosen: Settings, command: list[str], as_json: bool) -> None:
 
 @with_settings
 def plan(chosen: Settings, command: list[str], as_json: bool) -> None:
-    """Go on to a rank for every layer, and to what each budget would give."""
+    """Give every layer a rank. Goes on from `calibrate`, and shows what each budget would give."""
     from . import finish, fitting
 
     run = _upto("plan", chosen, command)
@@ -77,7 +77,7 @@ def plan(chosen: Settings, command: list[str], as_json: bool) -> None:
 
 @with_settings
 def compress(chosen: Settings, command: list[str], as_json: bool) -> None:
-    """Go on to the compressed model, untrained, in OUTPUT/compressed, for a training loop of your own."""
+    """Put the factors in, untrained. Goes on from `plan`, and writes OUTPUT/compressed for a training loop of your own."""
     run = _upto("compress", chosen, command)
     _keep(run, "compressed")
     found = run.work.stages["compress"]
@@ -86,7 +86,7 @@ def compress(chosen: Settings, command: list[str], as_json: bool) -> None:
 
 @with_settings
 def train(chosen: Settings, command: list[str], as_json: bool) -> None:
-    """Go on to the trained model, in OUTPUT/trained, which can be trained on; `jactus fold` makes it ready to deploy."""
+    """Train the cores and the head. Goes on from `compress`, and writes OUTPUT/trained, which `jactus fold` makes ready to deploy."""
     run = _upto("train", chosen, command)
     _keep(run, "trained")
     _result(run, "trained", {"score": run.work.stages["train"]["score"]}, as_json)
@@ -113,7 +113,7 @@ def fold(
     checkpoint: Annotated[Path, typer.Argument(help="A trained checkpoint.")],
     output: Annotated[Path, typer.Argument(help="The folder to write.")],
 ) -> None:
-    """Multiply the cores in: a checkpoint for deployment, r(m+n−r) parameters a layer."""
+    """Make a trained checkpoint ready to deploy. Multiplies the cores in: r(m+n−r) parameters a layer."""
     from ..compression import surgery
 
     _convert(surgery.fold, checkpoint, output)
@@ -123,7 +123,7 @@ def merge(
     checkpoint: Annotated[Path, typer.Argument(help="A compressed checkpoint.")],
     output: Annotated[Path, typer.Argument(help="The folder to write.")],
 ) -> None:
-    """Multiply everything out: an ordinary dense checkpoint."""
+    """Make an ordinary dense checkpoint. Multiplies everything out."""
     from ..compression import surgery
 
     _convert(surgery.merge, checkpoint, output)
@@ -146,7 +146,7 @@ def inspect(
     path: Annotated[Path, typer.Argument(help="A checkpoint folder or a plan file.")],
     budget: Annotated[float | None, typer.Option(help="Show a plan at another budget.")] = None,
 ) -> None:
-    """What a checkpoint's layers or a plan's ranks are, and what they cost."""
+    """Show a checkpoint's layers or a plan's ranks. And what they cost."""
     from .folders import described
 
     with quiet():
@@ -158,7 +158,7 @@ def report(
     folder: Annotated[Path, typer.Argument(help="A folder that `jactus fit` wrote.")],
     output: Annotated[Path | None, typer.Option(help="The page to write; FOLDER/report.html by default.")] = None,
 ) -> None:
-    """Make the page of a run again, from its record."""
+    """Make the page of a run again. From its record alone."""
     from . import page
     from .record import Run
 
