@@ -1,6 +1,7 @@
 """Training of what is to train, by transformers' Trainer: it can be stopped at any step, and goes on to the same result."""
 
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -76,6 +77,8 @@ class Keeper(TrainerCallback):
         found = measure(self.model, self.encoded.held_out(), self.of_language, "validating")
         point = {"step": state.global_step, "epoch": float(state.epoch or 0.0)}
         state.log_history.append({**point, METRIC: found.metric, LOSS: found.loss})
+        shown = f"perplexity {found.metric:.2f}" if self.of_language else f"accuracy {found.metric:.4f}"
+        self.bar.write(f"after epoch {state.epoch or 0:.3g}: {shown}, loss {found.loss:.4f}", file=sys.stderr)
         control.should_log = True  # so that the training loss is known at that step, too
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
