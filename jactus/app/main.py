@@ -12,9 +12,25 @@ import typer
 
 from jactus_kernels import JactusError
 
-from .verbs import calibrate, compress, copy_recipe, fit, fold, inspect, list_recipes, merge, plan, report, train
+from .verbs import (
+    calibrate,
+    compress,
+    copy_recipe,
+    estimate,
+    export,
+    fit,
+    fold,
+    inspect,
+    list_recipes,
+    merge,
+    plan,
+    report,
+    train,
+)
 
-VERBS: tuple[Callable[..., Any], ...] = (fit, calibrate, plan, compress, train, fold, merge, inspect, report)
+VERBS: tuple[Callable[..., Any], ...] = (
+    fit, estimate, calibrate, plan, compress, train, fold, merge, export, inspect, report,
+)  # fmt: skip
 
 USAGE: Any = typer.BadParameter.__bases__[0]  # the error of usage, which typer does not export by name
 app = typer.Typer(

@@ -154,6 +154,35 @@ def inspect(
     print(text)
 
 
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="A compressed checkpoint, trained or folded.")],
+    output: Annotated[Path, typer.Argument(help="The folder to write.")],
+    to: Annotated[str, typer.Option(help="torch, onnx, torch.export or dense.")] = "onnx",
+) -> None:
+    """Write a checkpoint in a form that needs no jactus, checked against the model."""
+    from ..export.exporter import export_model
+    from .folders import copy_others, load
+
+    with quiet():
+        written = export_model(load(checkpoint).eval(), output, to)
+        copy_others(checkpoint, output)
+    print(written)
+
+
+def estimate(
+    model: Annotated[Path, typer.Argument(help="A folder with a config.json, or that file.")],
+    budget: Annotated[float, typer.Option(help="What to keep of the linear layers, in (0, 1].")] = 0.8,
+    json_: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+) -> None:
+    """What a model will take, from its config alone: memory by stage, ranks, sizes."""
+    from ..config import JactusConfig
+    from . import estimate as from_config
+
+    with quiet():
+        found = from_config.estimate(model, JactusConfig().replace(budget=budget))
+    print(json.dumps(asdict(found), indent=1) if json_ else from_config.table(found))
+
+
 def report(
     folder: Annotated[Path, typer.Argument(help="A folder that `jactus fit` wrote.")],
     output: Annotated[Path | None, typer.Option(help="The page to write; FOLDER/report.html by default.")] = None,

@@ -1,0 +1,54 @@
+"""`jactus export` and `jactus estimate`: what the Python functions give, from the shell."""
+
+import json
+
+import pytest
+import torch
+from transformers import BertConfig
+
+import jactus
+from jactus.app.estimate import estimate
+from jactus.app.main import main
+from tests.models import BERT, EVERY, compressed
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A trained checkpoint with a file of a tokenizer beside it."""
+    jactus.save_pretrained(compressed(BERT, EVERY), tmp_path / "trained")
+    (tmp_path / "trained" / "tokenizer.json").write_text("{}")
+    return tmp_path / "trained"
+
+
+def test_export_writes_a_graph_and_takes_the_tokenizer_along(checkpoint, tmp_path, capsys):
+    assert main(["export", str(checkpoint), str(tmp_path / "out"), "--to", "torch.export"]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "out" / "model.pt2")
+    assert (tmp_path / "out" / "tokenizer.json").exists()
+    batch = {name: t for name, t in BERT.batch().items() if name != "labels"}
+    batch["token_type_ids"] = torch.zeros_like(batch["input_ids"])  # as a tokenizer gives them
+    model = type(compressed(BERT, EVERY)).from_pretrained(checkpoint).eval()
+    found = torch.export.load(tmp_path / "out" / "model.pt2").module()(**batch)["logits"]
+    torch.testing.assert_close(found, model(**batch).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_form_that_is_not_known_is_an_error_of_one_line(checkpoint, tmp_path, capsys):
+    assert main(["export", str(checkpoint), str(tmp_path / "out"), "--to", "gguf"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("jactus: ")
+    assert "'onnx'" in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_estimate_reads_a_config_alone(tmp_path, capsys):
+    BertConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+        architectures=["BertForSequenceClassification"],
+    ).save_pretrained(tmp_path)  # fmt: skip
+    assert main(["estimate", str(tmp_path), "--budget", "0.5", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    right = estimate(tmp_path, jactus.JactusConfig(budget=0.5))
+    assert (found["sums"], found["deployed"], found["budget"]) == (right.sums, right.deployed, 0.5)
+    assert main(["estimate", str(tmp_path / "config.json")]) == 0
+    assert "BertForSequenceClassification" in capsys.readouterr().out
+    assert main(["estimate", str(tmp_path / "nowhere")]) == 1
