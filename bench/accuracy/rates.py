@@ -35,13 +35,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=Path("bench/results/accuracy.csv"))
     parser.add_argument("--task", choices=TASKS, action="append", help="only this one; may be repeated")
+    parser.add_argument("--float32", action="store_true", help="calibrate without bfloat16 autocast")
     args = parser.parse_args()
     rows = files.read(Row, args.results)
     lines, quotients = [], []
     for (name, method), entries in chosen(rows, args.task or list(TASKS)).items():
         task, seed = TASKS[name], SEEDS[0]
         case = prepared(task, "fitted", seed)
-        statistics = calibrated(task, case, task.calibration, seed, "fitted", torch.bfloat16)
+        statistics = calibrated(task, case, task.calibration, seed, "fitted", None if args.float32 else torch.bfloat16)
         plan = jactus.plan(case.model, statistics, variant(method).config, progress=False)  # type: ignore[union-attr]
         for e, best in entries.items():
             rate = jactus.learning_rate(jactus.compress(copy.deepcopy(case.model), plan.at(e.budget)))

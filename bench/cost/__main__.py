@@ -21,7 +21,12 @@ RESULTS = Path("bench/results")
 KINDS = (Row, Memory, Growth)
 
 
-def parts(device: str = "cpu", models: Sequence[str] = subjects.MODELS) -> dict[str, Callable[[], Iterable[Any]]]:
+DTYPES = ("float32", "bfloat16")
+
+
+def parts(
+    device: str = "cpu", models: Sequence[str] = subjects.MODELS, dtypes: Sequence[str] = DTYPES
+) -> dict[str, Callable[[], Iterable[Any]]]:
     """What there is to measure, by name: what yields the rows. On a GPU, what has a device."""
 
     def on(
@@ -29,7 +34,8 @@ def parts(device: str = "cpu", models: Sequence[str] = subjects.MODELS) -> dict[
         settings: Sequence[Setting],
         on_gpu: Sequence[Setting] = steps.ON_GPU,
     ) -> Callable:
-        chosen = [replace(s, device=device) for s in (settings if device == "cpu" else on_gpu) if s.model in models]
+        there = settings if device == "cpu" else on_gpu
+        chosen = [replace(s, device=device) for s in there if s.model in models and s.dtype in dtypes]
         return functools.partial(measure, tuple(dict.fromkeys(chosen)))
 
     placed = {
@@ -64,13 +70,14 @@ def main() -> None:
         action="append",
         help="of a training, prefill, decode, memory or calibration part",
     )
+    parser.add_argument("--dtype", choices=DTYPES, action="append", help="likewise")
     args = parser.parse_args()
     if args.do == "run":
         logging.getLogger("jactus").setLevel(logging.ERROR)  # a few batches are enough to take the time
         if unknown := set(args.part or ()) - set(parts(args.device)):
             parser.error(f"on {args.device} there is no {', '.join(sorted(unknown))}")
         for name in args.part or parts(args.device):
-            run(name, args.results, args.device, args.model or subjects.MODELS)
+            run(name, args.results, args.device, args.model or subjects.MODELS, args.dtype or DTYPES)
         return
     compared, memory, grown = (rows.read(kind, args.results / kind.FILE) for kind in KINDS)
     if args.do == "table":
@@ -79,13 +86,19 @@ def main() -> None:
         figures.plot(compared, args.out)
 
 
-def run(name: str, folder: Path, device: str, models: Sequence[str] = subjects.MODELS) -> None:
+def run(
+    name: str, folder: Path, device: str, models: Sequence[str] = subjects.MODELS, dtypes: Sequence[str] = DTYPES
+) -> None:
     """Measure a part of these models on this device; each row is kept as soon as it is there."""
     started, found = time.monotonic(), []
-    for row in parts(device, models)[name]():
+    for row in parts(device, models, dtypes)[name]():
         runner.keep(folder / row.FILE, [row], started)
         found.append(row)
-    nothing = "" if found else f", since nothing of it is measured with {', '.join(models)} on {device}"
+    nothing = (
+        ""
+        if found
+        else f", since nothing of it is measured with {', '.join(models)} in {' or '.join(dtypes)} on {device}"
+    )
     print(f"{name}: {len(found)} rows in {time.monotonic() - started:.0f} s{nothing}", flush=True)
 
 

@@ -238,7 +238,7 @@ def test_a_part_measured_again_replaces_its_rows_and_no_others(monkeypatch, tmp_
     on_gpu = store.Row(**{**vars(old[0]), "device": "cuda"})
     another = store.Row(**{**vars(old[0]), "model": "vit-b"})
     files.keep(tmp_path / "cost.csv", [*old, other, on_gpu, another])
-    monkeypatch.setattr("bench.cost.__main__.parts", lambda device, models: {"training": lambda: [again]})
+    monkeypatch.setattr("bench.cost.__main__.parts", lambda device, models, dtypes: {"training": lambda: [again]})
     run("training", tmp_path, "cpu")
     assert files.read(store.Row, tmp_path / "cost.csv") == [again, old[1], other, on_gpu, another]
 
@@ -250,7 +250,7 @@ def test_a_part_that_is_cut_short_keeps_the_rows_it_had(monkeypatch, tmp_path):
         yield old[0]
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("bench.cost.__main__.parts", lambda device, models: {"training": cut})
+    monkeypatch.setattr("bench.cost.__main__.parts", lambda device, models, dtypes: {"training": cut})
     with pytest.raises(KeyboardInterrupt):
         run("training", tmp_path, "cpu")
     assert files.read(store.Row, tmp_path / "cost.csv") == old[:1]
@@ -271,6 +271,7 @@ def test_on_a_gpu_only_what_has_a_device_is_measured():
     assert set(parts("cuda")) < set(parts())
     measured = parts("cuda", ("vit-b",))["training"]
     assert {(s.model, s.device) for s in measured.args[0]} == {("vit-b", "cuda")}
+    assert {s.dtype for s in parts("cpu", ("vit-b",), ("float32",))["training"].args[0]} == {"float32"}
 
 
 def test_a_deployed_layer_is_raced_against_its_pair_and_dense(monkeypatch):
