@@ -68,10 +68,10 @@ GATHERED = 256  # and of these, where their columns are gathered as float32 (mea
 def narrow(x: Tensor, B: Tensor, order: Tensor) -> Tensor:
     """`reference.narrow`, a piece at a time."""
     r, flat = B.shape[1], x.reshape(-1, x.shape[-1])
-    z, room = flat.new_empty(len(flat), r), _room(flat, flat.shape[1])
-    for some, to in zip(flat.split(PIECE), z.split(PIECE)):
+    z, room = x.new_empty(*x.shape[:-1], r), _room(flat, flat.shape[1])  # what autograd hands out must be no view
+    for some, to in zip(flat.split(PIECE), z.view(-1, r).split(PIECE)):
         _narrow(some, B, order, room, to)
-    return z.view(*x.shape[:-1], r)
+    return z
 
 
 def widen(z: Tensor, B: Tensor, order: Tensor) -> Tensor:
@@ -109,8 +109,8 @@ def core_widen_backward(
 def _widened(z: Tensor, C: Tensor | None, B: Tensor, order: Tensor, bias: Tensor | None) -> Tensor:
     d, r = order.shape[1], B.shape[1]
     flat = z.reshape(-1, z.shape[-1])
-    y, room = flat.new_empty(len(flat), d), _room(flat, d)
-    for some, to in zip(flat.split(PIECE), y.split(PIECE)):
+    y, room = z.new_empty(*z.shape[:-1], d), _room(flat, d)
+    for some, to in zip(flat.split(PIECE), y.view(-1, d).split(PIECE)):
         apart = room[: len(some)]
         if C is None:
             apart[:, :r] = some
@@ -120,7 +120,7 @@ def _widened(z: Tensor, C: Tensor | None, B: Tensor, order: Tensor, bias: Tensor
         _gather(apart, order[1], to)
         if bias is not None:
             to += bias
-    return y.view(*z.shape[:-1], d)
+    return y
 
 
 def _narrow(x: Tensor, B: Tensor, order: Tensor, room: Tensor, to: Tensor) -> Tensor:

@@ -71,12 +71,19 @@ def folded_linear(x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None) -
 
 def narrow(x: Tensor, B: Tensor, order: Tensor) -> Tensor:
     """z = x Π [I; B]; x (..., d)."""
-    return _scattered("narrow", x, B).narrow(x.reshape(-1, x.shape[-1]), B, order).view(*x.shape[:-1], B.shape[1])
+    z = _scattered("narrow", x, B).narrow(x.reshape(-1, x.shape[-1]), B, order)
+    return _in_shape(z, [*x.shape[:-1], B.shape[1]])
 
 
 def widen(z: Tensor, B: Tensor, order: Tensor) -> Tensor:
     """y = z (Π [I; B])ᵀ; z (..., r)."""
-    return _scattered("widen", z, B).widen(z.reshape(-1, z.shape[-1]), B, order).view(*z.shape[:-1], order.shape[1])
+    y = _scattered("widen", z, B).widen(z.reshape(-1, z.shape[-1]), B, order)
+    return _in_shape(y, [*z.shape[:-1], order.shape[1]])
+
+
+def _in_shape(x: Tensor, shape: list[int]) -> Tensor:
+    """x in another shape, and no view: autograd lets no view out of a function be changed in place."""
+    return torch.ops.aten._unsafe_view(x, shape)
 
 
 def _layers(op: str, x: Tensor, m: int, V: Tensor):

@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import linear
 
 import jactus_kernels as jk
-from jactus_kernels import cpu, reference
+from jactus_kernels import cpu, cuda, reference
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SHAPES = [(11, 9, 5, 7), (4, 8, 3, 3), (1, 6, 1, 2), (0, 5, 2, 4), (13, 7, 6, 1)]  # T, d, r, q; pieces are of 4
@@ -89,6 +89,22 @@ def test_it_keeps_its_input_alone():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         jk.widen(z, B, order, bias, C.requires_grad_())
     assert {t.data_ptr() for t in kept} == {t.data_ptr() for t in (z, C, B, order)}
+
+
+def test_what_comes_out_may_be_changed_in_place():
+    x, z, C, B, order, bias, _ = made(12, 9, 5, 7, torch.float64)
+    inputs = [t.view(3, 4, -1).requires_grad_() for t in (x, z, z[:, :5].contiguous())]
+    for y in (jk.narrow(inputs[0], B, order), jk.widen(inputs[1], B, order, bias, C), jk.widen(inputs[2], B, order)):
+        right = y.detach().clone() * 2
+        assert torch.equal(y.mul_(2), right)
+        y.sum().backward()
+
+
+def test_nor_does_a_gpu_hand_out_views(monkeypatch):
+    x, _, _, B, order, _, _ = made(12, 9, 5, 7, torch.float32)
+    monkeypatch.setattr(cuda, "uses_triton", lambda *_: False)
+    assert not cuda.narrow(x.view(3, 4, 9), B, order)._is_view()
+    assert not cuda.widen(x.view(3, 4, 9)[..., :5], B, order)._is_view()
 
 
 def test_leading_sizes_and_strides_are_as_they_come():
