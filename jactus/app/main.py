@@ -24,7 +24,9 @@ from .verbs import (
     list_recipes,
     merge,
     plan,
+    put_cores,
     report,
+    take_cores,
     train,
 )
 
@@ -46,6 +48,10 @@ recipe = typer.Typer(help="Recipes that come with the package.")
 recipe.command("ls")(list_recipes)
 recipe.command("cp")(copy_recipe)
 app.add_typer(recipe, name="recipe")
+cores = typer.Typer(help="The cores of a task, apart from the bases that tasks share.")
+cores.command("take")(take_cores)
+cores.command("put")(put_cores)
+app.add_typer(cores, name="cores")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

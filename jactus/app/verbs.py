@@ -183,6 +183,30 @@ def estimate(
     print(json.dumps(asdict(found), indent=1) if json_ else from_config.table(found))
 
 
+def take_cores(
+    checkpoint: Annotated[Path, typer.Argument(help="A trained checkpoint, not folded.")],
+    file: Annotated[Path, typer.Argument(help="The file to write, .safetensors.")],
+) -> None:
+    """Write a checkpoint's cores, its head and what else trained to a file: its task."""
+    from ..checkpoints.checkpoint import save_cores
+    from .folders import load
+
+    with quiet():
+        save_cores(load(checkpoint), file)
+    print(file)
+
+
+def put_cores(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint with the same bases, not folded.")],
+    file: Annotated[Path, typer.Argument(help="What `cores take` wrote.")],
+    output: Annotated[Path, typer.Argument(help="The folder to write.")],
+) -> None:
+    """Write the checkpoint with another task's cores in it."""
+    from ..checkpoints.checkpoint import load_cores
+
+    _convert(lambda model: load_cores(model, file), checkpoint, output)
+
+
 def report(
     folder: Annotated[Path, typer.Argument(help="A folder that `jactus fit` wrote.")],
     output: Annotated[Path | None, typer.Option(help="The page to write; FOLDER/report.html by default.")] = None,
