@@ -90,8 +90,8 @@ def learning_rate(model: nn.Module) -> float:
     core, in the metric of their plan and were the signs of the step random (our choice).
 
     It depends on model, task, budget and configuration, and is known of a model that was compressed or reloaded. In the default
-    coordinates the best of a grid was within twice of it either way, on three text tasks at 80% and a language model at 80% and
-    50%. Other batch sizes and longer training bear other rates, as with any method; the head may take the same.
+    coordinates it was 0.96 to 1.35 times the best of a grid, on three text tasks at 80% and a language model at 80% and 50%.
+    Other batch sizes and longer training bear other rates, as with any method; the head may take the same.
 
     Raises JactusError where no layer has a core, or the checkpoint is of before this was recorded.
     """
