@@ -14,7 +14,7 @@ from .launches import Shape
 def uses_triton(op: str, device: torch.device, dtype: torch.dtype, shape: Shape) -> bool:
     """What the policy says of an operator there."""
     index = torch.cuda.current_device() if device.index is None else device.index
-    captured = torch.cuda.is_current_stream_capturing()
+    captured = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
     return policy.for_device(op, shape, dtype, index, captured).backend == "triton"
 
 

@@ -123,6 +123,7 @@ def test_while_a_stream_is_captured_the_policy_is_asked_of_a_captured_call(monke
     monkeypatch.setattr(
         policy, "for_device", lambda *args: asked.append(args[-1]) or policy.Decision("widen", "torch", "")
     )
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     for capturing in (True, False):
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
         cuda.uses_triton("widen", torch.device("cuda", 0), torch.bfloat16, launches.Shape(1, 8, 4, 4))
