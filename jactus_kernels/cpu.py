@@ -89,8 +89,8 @@ def core_widen_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """`reference.core_widen_backward`, a piece at a time. g_C is summed in float32 or wider."""
     (p, q), d = C.shape, g.shape[-1]
-    g, z = g.reshape(-1, d), z.reshape(-1, q)
     g_z = z.new_empty(z.shape) if need_z else None
+    g, z = g.reshape(-1, d), z.reshape(-1, q)
     wide = torch.promote_types(C.dtype, torch.float32)
     g_C = torch.zeros(p, q, dtype=wide) if need_C else None
     room, of_z = _room(g, d), _room(g, p)
@@ -102,7 +102,7 @@ def core_widen_backward(
         elif g_C is not None:
             g_C += g_h.T @ z[piece]
         if g_z is not None:
-            torch.mm(g_h, C, out=g_z[piece])
+            torch.mm(g_h, C, out=g_z.view(-1, q)[piece])
     return g_z, None if g_C is None else g_C.to(C.dtype)
 
 

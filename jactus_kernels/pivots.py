@@ -50,21 +50,16 @@ class _CoreWiden(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         z, C, B, order = ctx.saved_tensors
         need_z, need_C, _, _, need_bias = ctx.needs_input_grad
-        if torch.is_grad_enabled():  # to be differentiated once more
-            s = narrow(g, B, order)
-            g_z, g_C = s @ C, s.reshape(-1, len(C)).T @ z.reshape(-1, C.shape[1])
-        else:
-            g_z, g_C = cpu.core_widen_backward(g, z, C, B, order, need_z, need_C)
-            g_z = None if g_z is None else g_z.view(z.shape)
+        of = reference if torch.is_grad_enabled() else cpu  # the former can be differentiated once more
+        g_z, g_C = of.core_widen_backward(g, z, C, B, order, need_z, need_C)
         return g_z, g_C, None, None, g.reshape(-1, g.shape[-1]).sum(0) if need_bias else None
 
 
 def _of(x: Tensor) -> Any:
     """Where the operators of x's device are."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return (
-            reference  # plain products, which a compiler fuses with what is around them, and which any transform knows
-        )
+        # plain products, which a compiler fuses with what is around them, and which any transform knows
+        return reference
     return {"cpu": cpu, "cuda": cuda}.get(x.device.type, reference)
 
 
