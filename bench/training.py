@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -86,7 +87,14 @@ class Images:
         return {"pixel_values": pixels, "labels": torch.tensor([self.labels[i] for i in chosen])}
 
 
-Examples = Encoded | Images
+class Examples(Protocol):
+    """What is trained on: rows that know their lengths, and how to make a batch of some of them."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, rows: slice) -> "Examples": ...
+    def take(self, chosen: Sequence[int]) -> "Examples": ...
+    def lengths(self) -> list[int]: ...
+    def batch(self, chosen: Sequence[int]) -> Batch: ...
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, split: Split, max_length: int = 64) -> Encoded:
@@ -244,7 +252,7 @@ def logits(model: nn.Module, encoded: Examples, batch_size: int = 64) -> Tensor:
     return torch.empty_like(found).index_copy_(0, torch.tensor(list(chain.from_iterable(cut.order))), found)
 
 
-def accuracy(model: nn.Module, encoded: Examples, batch_size: int = 64) -> float:
+def accuracy(model: nn.Module, encoded: Encoded | Images, batch_size: int = 64) -> float:
     """Share of examples whose largest logit is their label, 0…1."""
     return share_right(logits(model, encoded, batch_size), torch.tensor(encoded.labels))
 

@@ -1,6 +1,8 @@
 """Measure one cell, in a process of its own: load, build, score, train, score."""
 
 import sys
+from dataclasses import replace
+from statistics import fmean
 
 import torch
 
@@ -30,16 +32,19 @@ def measure(cell: Cell, threads: int, autocast: torch.dtype | None, untrained: b
     del statistics, context
     size = sizes(model)
 
-    def row(phase: str, **measured) -> Row:
+    def scored(phase: str, **measured) -> list[Row]:
+        """The row of the whole, and one of each set that it is the mean of."""
         with torch.autocast(device, autocast or torch.bfloat16, enabled=autocast is not None):
-            value, validation = task.score(model, case.test), task.score(model, case.validation)
-        return Row(
-            cell.task, cell.method, cell.budget, cell.seed, phase, task.metric, value, validation,
+            parts, validation = task.scores(model, case.test), task.score(model, case.validation)
+        whole = Row(
+            cell.task, cell.method, cell.budget, cell.seed, phase, task.metric, fmean(parts.values()), validation,
             trainable=size.trainable, stored=size.stored, folded=size.folded, optimizer_bytes=size.optimizer_bytes,
             versions=versions(*_how(autocast, device)), **measured,
         )  # fmt: skip
+        of_sets = [replace(whole, task=f"{cell.task}/{name}", value=v, validation=None) for name, v in parts.items()]
+        return [whole, *(of_sets if len(parts) > 1 else ())]
 
-    rows = [row("untrained")] if untrained else []
+    rows = scored("untrained") if untrained else []
     memory.forget_peak(device)
     try:
         rates = own_rates(cell.method, model, cell.lr)
@@ -48,10 +53,10 @@ def measure(cell: Cell, threads: int, autocast: torch.dtype | None, untrained: b
         )
     except JactusError as e:
         print(f"{cell}: {e}", file=sys.stderr)
-        return [*rows, row("trained", lr=cell.lr, loss=None)]
+        return [*rows, *scored("trained", lr=cell.lr, loss=None)]
     peak = memory.peak(device)
     taken = None if peak is None or before is None else peak - before
-    return [*rows, row("trained", lr=cell.lr, loss=done.loss, peak_bytes=taken, train_seconds=done.seconds)]
+    return [*rows, *scored("trained", lr=cell.lr, loss=done.loss, peak_bytes=taken, train_seconds=done.seconds)]
 
 
 def _how(autocast: torch.dtype | None, device: str) -> list[str]:

@@ -156,7 +156,7 @@ def _learning_rates(rows: list[Row]) -> str:
     """For each method, budget and task the rates tried, the best one first."""
     tried: dict[tuple[str, str], list[Row]] = {}
     for r in rows:
-        if r.phase == "trained" and r.seed == SEEDS[0]:
+        if r.phase == "trained" and r.seed == SEEDS[0] and r.task in TASKS:
             tried.setdefault((named(r.method, r.budget), r.task), []).append(r)
     lines = []
     for (name, task), found in tried.items():

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from .choice import SEEDS, Entry
 from .methods import EMBEDDINGS, rates, variant
-from .tasks import LANGUAGES, LONG, TASKS, TEXT, VISION
+from .tasks import ASKED, LANGUAGES, LONG, TASKS, TEXT, VISION
 
 FIRST = SEEDS[:1]
 
@@ -123,6 +123,26 @@ def images() -> Iterator[Entry]:
     yield from at_length(SEEDS)
 
 
+def asked() -> Iterator[Entry]:
+    """Commonsense questions: rates are chosen on ARC-Easy alone, the smallest set but one, and go to the mixture of all."""
+    ours, pipeline = (("jactus", 0.8), ("jactus", 0.5)), (PIPELINES[0], 0.5)
+    for seeds in (FIRST, SEEDS):
+        for method, budget in (*ours, ("lora", 1.0), ("dora", 1.0), ("full", 1.0), pipeline, (PIPELINES[0], 0.8)):
+            yield from _by_arc(method, budget, seeds)
+    for method in ("rslora", "hira"):
+        yield from _by_arc(method, 1.0, FIRST)
+    for budget in (0.8, 0.5):
+        for task in ("arc-easy", *ASKED):
+            yield varied(entry("arc-easy", PIPELINES[0], budget, FIRST), task=task, method=COMPACT)
+
+
+def _by_arc(method: str, budget: float, seeds: tuple[int, ...]) -> Iterator[Entry]:
+    chosen = entry("arc-easy", method, budget, seeds)
+    yield chosen
+    for task in ASKED:
+        yield varied(chosen, task=task)
+
+
 CHANGES = (
     "step_scaling=0",
     "step_scaling=1",
@@ -188,4 +208,10 @@ def ablations() -> Iterator[Entry]:
                     yield entry(base.task, method, budget, seeds) if tuned else varied(base, method=method)
 
 
-STAGES = {"comparison": comparison, "ablations": ablations, "language": language, "images": images}
+STAGES = {
+    "comparison": comparison,
+    "ablations": ablations,
+    "language": language,
+    "images": images,
+    "commonsense": asked,
+}

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from eigentune import EigenTuneConfig, EigenTuneLinear, get_eigentune_model
-from peft import LoraConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
+from peft import HiraConfig, LoraConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
 from peft.tuners.lora.config import CordaConfig, EvaConfig
 from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.eva import prepare_model_inputs_fn_language_modeling
@@ -71,6 +71,20 @@ def plain_lora(model: nn.Module, context: Context, budget: float = 1.0) -> PeftM
 def dora(model: nn.Module, context: Context, budget: float = 1.0) -> PeftModel:
     """DoRA, α = 2r: LoRA with the norm of every row of the weight trained apart."""
     return _seeded_lora(model, context, use_dora=True)
+
+
+def rslora(model: nn.Module, context: Context, budget: float = 1.0) -> PeftModel:
+    """rsLoRA, α = 2r as the others: LoRA whose scale is α/√r."""
+    return _seeded_lora(model, context, use_rslora=True)
+
+
+def hira(model: nn.Module, context: Context, budget: float = 1.0) -> PeftModel:
+    """HiRA: the low-rank update multiplies the weight element by element, and so has its rank."""
+    torch.manual_seed(context.seed)
+    usual = lora_config(model, context.rank)
+    return get_peft_model(
+        model, HiraConfig(r=context.rank, target_modules=usual.target_modules, modules_to_save=usual.modules_to_save)
+    )
 
 
 def pissa(model: nn.Module, context: Context, budget: float = 1.0) -> PeftModel:
@@ -181,6 +195,8 @@ METHODS: dict[str, Method] = {
     "full[linears]": linears,
     "lora": plain_lora,
     "dora": dora,
+    "rslora": rslora,
+    "hira": hira,
     "pissa": pissa,
     "corda": corda,
     "eva": eva,
@@ -213,7 +229,7 @@ def sizes(model: nn.Module) -> Size:
 
 def _merges(name: str) -> bool:
     """Whether a parameter is PEFT's own: a part of an adapter, or the head as it was before training."""
-    return any(part.startswith("lora_") or part == "original_module" for part in name.split("."))
+    return any(part.startswith(("lora_", "hira_")) or part == "original_module" for part in name.split("."))
 
 
 def _seeded_lora(model: nn.Module, context: Context, **options: Any) -> PeftModel:

@@ -17,7 +17,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement. Parameters are the whole model's; `validation` is what the learning rate was chosen by."""
+    """One measurement, `task` or one of its sets, `task/set`. Parameters are the whole model's; `validation` is what the learning rate was chosen by."""
 
     KEY: ClassVar = ("task", "method", "budget", "seed", "phase", "lr")
 
@@ -48,4 +48,5 @@ class Row:
         rate = "" if self.lr is None else f" lr {self.lr:g}"
         seconds = "" if self.train_seconds is None else f", {self.train_seconds:.0f} s"
         which = f"{self.task} {self.method} {self.budget:.0%} seed {self.seed}{rate} {self.phase}"
-        return f"{which}: {self.value:.4f} (validation {self.validation:.4f}){seconds}"
+        validation = "" if self.validation is None else f" (validation {self.validation:.4f})"
+        return f"{which}: {self.value:.4f}{validation}{seconds}"
