@@ -11,12 +11,13 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
+from ..questions import SETS
 from ..report import named, table
-from .choice import SEEDS, chosen_rate
-from .matrix import ablations, comparison, images, language
+from .choice import SEEDS, Entry, chosen_rate
+from .matrix import ablations, asked, comparison, images, language
 from .methods import variant
 from .store import Row
-from .tasks import LANGUAGES, LONG, TASKS, TEXT, VISION
+from .tasks import ASKED, LANGUAGES, LONG, TASKS, TEXT, VISION
 
 Scores = dict[int, float]  # by seed
 # What the plot shows, in the legend's order: label, marker and colour, the same in every panel.
@@ -84,6 +85,10 @@ def tables(rows: list[Row]) -> str:
     spoken = summaries(rows, list(language()), read)
     if spoken:
         parts += ["### Perplexity, untrained → trained", _language_table(spoken, read)]
+    if learnt := summaries(rows, list(asked()), ("arc-easy",)):
+        parts += ["### ARC-Easy alone, %, untrained → trained", _language_table(learnt, ("arc-easy",), 100)]
+    if learnt := summaries(rows, _by_set(), (*ASKED, *OF_ASKED)):
+        parts += ["### Commonsense, %: one model on a mixture of eight sets", _asked_table(learnt)]
     on_validation = [replace(r, value=r.validation) for r in rows if r.validation is not None]
     for budget, tasks in itertools.product(dict.fromkeys(e.budget for e in ablations()), (TEXT, LANGUAGES)):
         entries = [e for e in ablations() if e.budget == budget and e.task in tasks]
@@ -124,10 +129,33 @@ def _lead_table(found: list[Summary], tasks: Sequence[str]) -> str:
     return table(("", *others), lines) if lines else ""
 
 
-def _language_table(found: list[Summary], tasks: Sequence[str]) -> str:
+OF_ASKED = tuple(f"{task}/{name}" for task in ASKED for name in SETS)
+
+
+def _by_set() -> list[Entry]:
+    """What is measured of a mixture, and the same of each set that it is of: at the rate of the whole."""
+    whole = [e for e in asked() if e.task in ASKED]
+    return [*whole, *(replace(e, task=f"{e.task}/{name}") for e in whole for name in SETS)]
+
+
+def _asked_table(found: list[Summary]) -> str:
+    base = next((s for s in found if s.method == "lora"), None)
+    (task,) = ASKED
+    lines = []
+    for s in sorted(found, key=lambda s: (-s.budget, s.method != "full")):
+        scores = s.trained.get(task, {})
+        against = _paired(scores, base.trained.get(task, {})) if base and s is not base else "–"
+        of_sets = [_spread(s.trained.get(t, {}), 100) for t in OF_ASKED]
+        lines.append(
+            (s.name, *of_sets, _spread(scores, 100), against, _spread(s.untrained[task], 100), *_sizes(s.sizes))
+        )
+    return table(("method", *SETS, "mean", "− LoRA, paired", "untrained", *SIZES), lines)
+
+
+def _language_table(found: list[Summary], tasks: Sequence[str], factor: float = 1.0) -> str:
     lines = []
     for s in sorted(found, key=lambda s: -s.budget):
-        cells = [f"{_spread(s.untrained[t])} → {_spread(s.trained.get(t, {}))}" for t in tasks]
+        cells = [f"{_spread(s.untrained[t], factor)} → {_spread(s.trained.get(t, {}), factor)}" for t in tasks]
         lines.append((s.name, *cells, *_sizes(s.sizes)))
     return table(("method", *tasks, *SIZES), lines)
 
