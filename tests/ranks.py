@@ -15,7 +15,7 @@ def together(worker: Callable[..., Any], ranks: int, folder: Path, *args: Any, t
     """What `worker(rank, *args)` returns on each of `ranks` processes of one group; of one that raises, the exception; of one that
     dies, its exit code."""
     context: Any = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.test_distributed"])
+    context.set_forkserver_preload(["tests.test_distributed", "tests.test_distributed_training"])
     queue = context.SimpleQueue()
     meeting = folder / f"meeting-{len(list(folder.glob('meeting-*')))}"
     run = (queue, worker, ranks, meeting, timeout, args)
