@@ -57,3 +57,20 @@ def test_trainer_example(tiny):
     trained = AutoModelForSequenceClassification.from_pretrained(tiny / "out/trained")
     folded = AutoModelForSequenceClassification.from_pretrained(tiny / "out/folded")
     assert jactus.size(trained).folded == jactus.size(folded).stored
+
+
+@pytest.mark.slow
+def test_several_processes_example(tiny):
+    """Under torchrun, of two processes with rows of their own."""
+    script = [EXAMPLES / "several_processes.py", "--model", tiny / "model", "--data", tiny / "rows.jsonl"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launch, *map(str, script), "--output", "out", "--budget", "0.9", "--epochs", "1"],
+        capture_output=True,
+        text=True,
+        cwd=tiny,
+    )
+    assert done.returncode == 0, done.stderr
+    trained = AutoModelForSequenceClassification.from_pretrained(tiny / "out/trained")
+    folded = AutoModelForSequenceClassification.from_pretrained(tiny / "out/folded")
+    assert jactus.size(trained).folded == jactus.size(folded).stored

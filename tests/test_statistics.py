@@ -1,7 +1,6 @@
 """Calibration: what is summed, that it does not depend on how the examples come, and that nothing is left behind."""
 
 import copy
-import multiprocessing
 
 import pytest
 import torch
@@ -225,28 +224,6 @@ def test_a_file_gives_the_same_statistics_back(tmp_path):
     loaded = Statistics.load(tmp_path / "s.safetensors")
     assert (loaded.terms, loaded.tokens) == (found.terms, found.tokens)
     assert all(torch.equal(a, b) for a, b in zip(loaded._sums(), found._sums()))
-
-
-def _shard(rank, folder):
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    shard = BERT.batches(5)[rank::2]
-    calibrated(BERT.model(), shard).all_reduce_().save(f"{folder}/{rank}.safetensors")
-    dist.destroy_process_group()
-
-
-def test_ranks_of_a_process_group_reduce_to_the_whole(tmp_path):
-    context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=_shard, args=(rank, str(tmp_path))) for rank in range(2)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(120)
-        assert worker.exitcode == 0
-    whole = calibrated(BERT.model(), BERT.batches(5))
-    for rank in range(2):
-        assert_same_sums(Statistics.load(tmp_path / f"{rank}.safetensors"), whole, rtol=1e-6)
 
 
 class _Wrapper(nn.Module):

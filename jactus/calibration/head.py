@@ -12,6 +12,7 @@ from jactus_kernels import JactusError
 
 from ..model.families import head_parameters
 from .cache import DecoderCache
+from .distributed import Group, agree, refuse_unready, sum_
 from .examples import to_device
 from .losses import Loss, LossSum
 from .modes import frozen_eval, refuse_inference
@@ -28,6 +29,7 @@ def fit_head(
     iterations: int = 100,
     verify: bool = True,
     progress: bool = True,
+    group: Group = None,
 ) -> float:
     """Fit the task head alone, on the frozen features of the base model (a linear probe); returns the mean loss.
 
@@ -36,13 +38,18 @@ def fit_head(
     row leaves small, noisy gradients to calibrate on and to train with: on 3,000 rows of 20 classes a tenth of the default
     cost 3 points of test accuracy before training and about one after it (LOG.md).
 
-    head: name endings of the head's modules, where the model does not say; `verify` as in `calibrate`.
+    head: name endings of the head's modules, where the model does not say; `verify` as in `calibrate`. group: a process group of torch.distributed, each rank of which
+    has its own shard of the batches, maybe none; all fit one head to all of them. None: this process alone.
 
     Raises JactusError when the model has no head outside its base model, a batch has no loss, or what was kept does not give
     the model's own loss again.
     """
     refuse_inference("fit_head", model)
     wanted_head = _head(model, (head,) if isinstance(head, str) else tuple(head))
+    refuse_unready("fit_head", group)
+    if group is not None:
+        agree(group, "fit_head", model, l2=l2, iterations=iterations)
+        progress = progress and group.rank() == 0
     device = next(model.parameters()).device
     wanted = {name: p.requires_grad for name, p in model.named_parameters()}
     losses = LossSum(model, loss, verify)
@@ -55,14 +62,14 @@ def fit_head(
                 cache.decide(batch, losses.value)
             replay.record(functools.partial(_summed, losses, batch, index), index)
             kept.append(batch)
-        if not kept:
+        if not kept and group is None:
             raise JactusError("no batch came out of `batches`; pass a list or loader with at least one")
         parameters = list(wanted_head.values())
         before, gradients = [p.data for p in parameters], [p.grad for p in parameters]
         try:
             for p in parameters:
                 p.data = p.data.float() if p.element_size() < 4 else p.data.clone()  # no line search in half precision
-            final = _minimise(parameters, kept, losses, replay, l2, iterations)
+            final = _minimise(parameters, kept, losses, replay, l2, iterations, group)
             for p, old in zip(parameters, before):
                 p.data = p.data.to(old.dtype)
             return final
@@ -98,7 +105,13 @@ def _summed(losses: LossSum, batch: Any, index: int) -> Tensor:
 
 
 def _minimise(
-    head: list[nn.Parameter], kept: list[Any], losses: LossSum, replay: Replay, l2: float, iterations: int
+    head: list[nn.Parameter],
+    kept: list[Any],
+    losses: LossSum,
+    replay: Replay,
+    l2: float,
+    iterations: int,
+    group: Group,
 ) -> float:
     for p in head:
         p.requires_grad_(True)
@@ -118,6 +131,12 @@ def _minimise(
                 if g is not None:  # a batch of another task than this head's
                     total_gradient += g
             total, count = total + float(summed.detach()), count + terms
+        if group is not None:
+            both = torch.tensor([total, count], dtype=torch.float64)
+            sum_(group, "fit_head", [*gradients, both])
+            total, count = float(both[0]), int(both[1])
+            if not count:
+                raise JactusError("fit_head: no batch came out of `batches` on any rank")
         final = total / count
         penalty = sum(l2 * float(p.detach().square().sum()) for p in head if p.dim() > 1)
         for p, g in zip(head, gradients):

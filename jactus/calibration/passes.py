@@ -13,6 +13,7 @@ from jactus_kernels import JactusError
 from ..config import JactusConfig
 from ..model.families import output_embedding
 from ..model.targets import Target, find_targets, refuse_absent
+from .distributed import Group, agree, all_reduce_, own_file, refuse_unready
 from .losses import Loss, LossSum
 from .modes import refuse_inference
 from .sides import sides
@@ -38,6 +39,7 @@ def calibrate(
     resume_every: float = 60.0,
     verify: bool = True,
     progress: bool = True,
+    group: Group = None,
 ) -> Statistics:
     """Sum input covariances, output-gradient covariances and mean gradients over `batches`.
 
@@ -53,9 +55,13 @@ def calibrate(
         continues from it to the same result; batches must come in the same order (they are checked).
     verify: look into the first batch (and the first with padding), at the price of a few examples' time: what the loss sums or
         averages, which rows are tokens, that layers are used by their forward. False goes by names and shapes.
+    group: a process group of torch.distributed (`torch.distributed.group.WORLD`), each rank of which is given its own shard of the
+        batches, maybe none, and the same model: all get the sums of the whole. None: this process alone. Where several processes
+        run, each writes its own snapshot, 'run.rank1of4.snapshot' for resume='run.snapshot'.
 
     Raises JactusError for what cannot be calibrated: no target, no loss, values that are not finite (with the layer and
-    the batch), a layer that was never called, a snapshot of another run.
+    the batch), a layer that was never called, a snapshot of another run; with `group`, when ranks have other models or
+    configurations, or one does not come within the group's timeout (with `resume` the others' sums are kept to go on with).
     """
     chosen = config = config or JactusConfig()
     sums = Summing.checked(statistics_dtype, statistics_device, loss_scale, memory_limit)
@@ -66,6 +72,10 @@ def calibrate(
     for target in targets.values():
         if not torch.isfinite(target.weight).all():
             raise JactusError(f"{target} has weights that are not finite; the checkpoint is broken")
+    refuse_unready("calibrate", group)
+    if group is not None:
+        agree(group, "calibrate", model, **chosen.to_dict(), **sums.decisive())
+        progress = progress and group.rank() == 0
     passes = partition(targets, config, sums)
     if len(passes) > 1 and iter(batches) is batches:
         raise JactusError(
@@ -75,14 +85,14 @@ def calibrate(
     bytes_needed = max(sum(sum_bytes(t, config, sums) for t in part) for part in passes)
     logger.info("calibrating %d layers, sums of at most %.1f MB at a time", len(targets), bytes_needed / 1e6)
     statistics = Statistics(config=chosen)
-    snapshots = Snapshots(resume, resume_every, config, sums, model)
+    snapshots = Snapshots(own_file(resume), resume_every, config, sums, model)
     losses = LossSum(model, loss, verify)
     for number, part in enumerate(passes):
         done = snapshots.finished(number)
         if done is None:
             sweep = Sweep(model, {t.name: t for t in part}, config, sums, losses, snapshots, number)
-            done = sweep.run(batches, progress)
-            if number + 1 < len(passes):
+            done = sweep.run(batches, progress, may_be_empty=group is not None)
+            if done.layers and (number + 1 < len(passes) or group is not None):
                 snapshots.finish(done, number)
         if number and done.terms != statistics.terms:
             raise JactusError(
@@ -90,8 +100,10 @@ def calibrate(
                 "they were other batches; give the same in every pass (no shuffling), or a greater memory_limit"
             )
         _append(statistics, done, to_cpu=len(passes) > 1)
-    snapshots.clear()
     statistics.symmetrize_()
+    if group is not None:
+        all_reduce_(statistics, group)
+    snapshots.clear()
     short = statistics.short_of_tokens()
     if short and (config.needs_input or config.needs_output):
         logger.warning(

@@ -39,12 +39,10 @@ class Snapshots:
         self.identity = {
             "config": {
                 **{key: _plain(getattr(config, key)) for key in DECISIVE},
-                "statistics_dtype": str(sums.dtype).removeprefix("torch."),
-                "memory_limit": sums.memory_limit,
+                **sums.decisive(),
                 **({"sums": "smaller sides"} if config.smaller_sides else {}),
-                "loss_scale": sums.loss_scale,
             },
-            "weights": _fingerprints(model) if path is not None else {},
+            "weights": fingerprints(model) if path is not None else {},
         }
         self.parts: dict[int, tuple[Statistics, dict]] = {}
         if self.path is not None and self.path.exists():
@@ -125,7 +123,7 @@ class Snapshots:
             self.path.unlink(missing_ok=True)
 
 
-def _fingerprints(model: nn.Module) -> dict[str, str]:
+def fingerprints(model: nn.Module) -> dict[str, str]:
     """All weights and buffers: a head fitted anew, or other statistics of a norm, give other gradients in every layer."""
     kept = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     return {name: fingerprint(t) for name, t in kept.items() if t.numel()}

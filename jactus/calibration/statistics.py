@@ -9,8 +9,8 @@ Where that is all that is needed, Σ_x is kept as the weight sees it, W Σ_x W�
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from jactus_kernels import JactusError, symmetrize_
@@ -143,18 +143,17 @@ class Statistics:
             self.terms += other.terms
         return self
 
-    def all_reduce_(self) -> "Statistics":
-        """Sum over the ranks of torch.distributed, each of which calibrated its own shard: one reduction, at the end."""
-        import torch.distributed as dist
+    def all_reduce_(self, group: Any = None) -> "Statistics":
+        """Sum over the ranks of a process group of torch.distributed, each of which calibrated its own shard; returns self.
 
-        sums = self._sums()
-        for total in sums:
-            dist.all_reduce(total)
-        device = sums[0].device if sums else None
-        counts = torch.tensor([self.terms, *self.tokens.values()], dtype=torch.int64, device=device)
-        dist.all_reduce(counts)
-        self.terms = int(counts[0])
-        self.tokens = dict(zip(self.tokens, counts[1:].tolist()))
+        group: None is the default one. Sums of no batch at all, `Statistics()`, count as zeros. Covariances go as triangles.
+
+        Raises JactusError when the ranks calibrated other models or configurations, or when one does not come within the group's
+        timeout; each rank then still has the sums of its own.
+        """
+        from .distributed import all_reduce_
+
+        all_reduce_(self, group)
         return self
 
     def _check_like(self, other: "Statistics") -> None:

@@ -35,5 +35,10 @@ class Summing:
             )
         return cls(named, place, float(loss_scale), memory_limit)
 
+    def decisive(self) -> dict[str, Any]:
+        """What of it decides the sums, in plain values: all but where they are."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return {"statistics_dtype": dtype, "memory_limit": self.memory_limit, "loss_scale": self.loss_scale}
+
 
 SUMMING = Summing()

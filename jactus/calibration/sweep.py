@@ -49,8 +49,8 @@ class Sweep:
         if (rule := snapshots.rule()) is not None:
             losses.terms.restore(rule)
 
-    def run(self, batches: Iterable[Any], progress: bool) -> Statistics:
-        """Raises JactusError as `calibrate`."""
+    def run(self, batches: Iterable[Any], progress: bool, may_be_empty: bool = False) -> Statistics:
+        """Raises JactusError as `calibrate`. may_be_empty: no batch at all gives no sums, and is no error."""
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
         label = "calibrating" if self.number == 0 else f"calibrating, pass {self.number + 1}"
         index = -1
@@ -65,7 +65,7 @@ class Sweep:
                     continue
                 self._add(to_device(batch, device), index)
                 self.snapshots.maybe_save(self.statistics, self.number, index + 1, self.losses.terms.state())
-        if index < 0:
+        if index < 0 and not (may_be_empty and not self.skip):
             raise JactusError("no batch came out of `batches`; pass a list or loader with at least one")
         if index + 1 < self.skip:
             raise JactusError(

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
@@ -18,6 +19,7 @@ from jactus_kernels import JactusError
 
 from ..model.families import head_parameters
 from ..model.lowrank import compressed_layers, core_layers
+from ..model.sharded import is_sharded, refuse_sharded, whole_state
 from ..model.targets import fingerprint
 from . import storage
 from .quantizer import file_digest, names, own_name, record
@@ -33,7 +35,7 @@ def save_pretrained(model: PreTrainedModel, directory: str | os.PathLike, **kwar
 
     All is written beside the directory's files first and moved in at the end, so a failure (a full disk) leaves an old
     checkpoint whole; files of yours in the directory stay. kwargs go to the model's own `save_pretrained`; with
-    is_main_process=False nothing is written.
+    is_main_process=False nothing is written. Of a model under `fully_shard` all ranks must call it, and rank 0 writes it whole.
 
     Raises JactusError for a model that is not a transformers one, or when the disk refuses.
     """
@@ -42,15 +44,21 @@ def save_pretrained(model: PreTrainedModel, directory: str | os.PathLike, **kwar
             f"save_pretrained needs a transformers PreTrainedModel, got {type(model).__name__}; for a plain module save "
             "model.state_dict(), and load it into a model compressed with the same plan"
         )
-    if not kwargs.pop("is_main_process", True):
+    state = kwargs.pop("state_dict", None)
+    writes = kwargs.pop("is_main_process", True)
+    if is_sharded(model):
+        state = whole_state(model) if state is None else state
+        writes = writes and dist.get_rank() == 0
+    if not writes:
         return  # in a loop on several processes the first one writes
+    state = model.state_dict() if state is None else state
     directory = Path(directory)
     record(model)
     partial = None
     try:
         directory.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=".saving-", dir=directory))
-        model.save_pretrained(partial, **{"state_dict": _with_tripwires(model), **kwargs})
+        model.save_pretrained(partial, state_dict=_with_tripwires(model, state), **kwargs)
         check_files(model, partial)
         _add_digests(partial)
         for file in partial.iterdir():
@@ -73,10 +81,10 @@ def save_pretrained(model: PreTrainedModel, directory: str | os.PathLike, **kwar
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def _with_tripwires(model: nn.Module) -> dict[str, torch.Tensor]:
+def _with_tripwires(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The state dict with an empty `weight` for each low-rank layer: without `import jactus`, transformers then stops at
     its shape, where it would otherwise make up dense weights and only warn."""
-    return {**model.state_dict(), **{f"{name}.weight": torch.empty(0) for name in compressed_layers(model)}}
+    return {**state, **{f"{name}.weight": torch.empty(0) for name in compressed_layers(model)}}
 
 
 def _add_digests(directory: Path) -> None:
@@ -186,5 +194,6 @@ def _bases(model: nn.Module) -> dict[str, list[str]]:
 
 
 def _refuse_coreless(model: nn.Module) -> None:
+    refuse_sharded("cores are saved, loaded and swapped", model)
     if not core_layers(model):
         raise JactusError(f"{type(model).__name__} has no three-factor layer, hence no cores to swap")

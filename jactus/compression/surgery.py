@@ -8,6 +8,7 @@ from jactus_kernels import JactusError
 from ..checkpoints.quantizer import record, refuse_quantized
 from ..config import JactusConfig
 from ..model.lowrank import CoreLinear, LowRankLinear, compressed_layers, core_layers, replace_module
+from ..model.sharded import refuse_sharded
 from ..model.targets import find_targets
 from ..planning.planner import core_dtype
 from ..planning.plans import Plan, PlannedLayer
@@ -113,6 +114,7 @@ def fold(model: nn.Module) -> nn.Module:
 
     Raises JactusError when the model is in training mode, or has no three-factor layer.
     """
+    refuse_sharded("fold", model)
     if model.training:
         raise JactusError(
             "fold ends training (a folded layer has no core to train) and the model is in training mode; call "
@@ -142,6 +144,7 @@ def merge(model: nn.Module) -> nn.Module:
 
     Raises JactusError when the model has no low-rank layer.
     """
+    refuse_sharded("merge", model)
     layers: dict[str, LowRankLinear] = compressed_layers(model)
     if not layers:
         raise JactusError(f"{type(model).__name__} has no low-rank layer to merge; it is dense already")

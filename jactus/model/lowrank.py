@@ -124,16 +124,16 @@ class CoreLinear(LowRankLinear):
         return self.core + nn.functional.pad(self.block, (0, rest, 0, rest))
 
     def forward(self, input: Tensor) -> Tensor:
-        C, bias = self.effective_core, self.bias
+        C, bias, U, V = self.effective_core, self.bias, _frozen(self.U), _frozen(self.V)
         p, q = C.shape
         if not self.pivoted:
-            return kernels.core_linear(input, *in_dtype_of(input, self.U, C, self.V, bias))
-        T_U, T_V = self.U[:p], self.V[:q]
+            return kernels.core_linear(input, *in_dtype_of(input, U, C, V, bias))
+        T_U, T_V = U[:p], V[:q]
         few = input.numel() // self.in_features * (p * p + q * q) < p * q * (p + q)
         if not few:
             with torch.autocast(input.device.type, enabled=False):
                 C = T_U.to(C.dtype) @ C @ T_V.to(C.dtype).T
-        B_U, C, B_V, T_U, T_V, bias = in_dtype_of(input, self.U[p:], C, self.V[q:], T_U, T_V, bias)
+        B_U, C, B_V, T_U, T_V, bias = in_dtype_of(input, U[p:], C, V[q:], T_U, T_V, bias)
         h = input if self.columns is None else kernels.narrow(input, B_V, self.columns)
         if few:
             h, C = nn.functional.linear(h @ T_V, C), T_U
@@ -246,6 +246,11 @@ class FoldedLinear(LowRankLinear):
         else:
             W = torch.cat([left, left @ right.T], dim=1)[:, self.order[1]]
         return W.to(dtype or self.left.dtype)
+
+
+def _frozen(basis: Tensor) -> Tensor:
+    """A basis, which trains nowhere: as a part of one tensor that does, as FSDP1 makes it, it would be sent gradients."""
+    return basis if isinstance(basis, nn.Parameter) else basis.detach()
 
 
 def _order(d: int) -> Tensor:

@@ -16,6 +16,7 @@ from jactus_kernels import JactusError
 from ..config import JactusConfig
 from .families import outside_base
 from .lowrank import refuse_compressed
+from .sharded import refuse_sharded
 
 logger = logging.getLogger("jactus")
 
@@ -61,6 +62,7 @@ def find_targets(model: nn.Module, config: JactusConfig) -> dict[str, Target]:
     tied to another weight, parametrised or a fused three-dimensional tensor of experts: each by its name.
     """
     refuse_compressed(model)
+    refuse_sharded("find_targets", model)
     _refuse_wrapper(model)
     for name, module in model.named_modules():
         if any(isinstance(p, nn.UninitializedParameter) for p in module._parameters.values()):

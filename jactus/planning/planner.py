@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from jactus_kernels import JactusError
 
+from ..calibration.distributed import Group, agree, meet
 from ..calibration.statistics import Statistics
 from ..config import JactusConfig
 from ..model.families import output_embedding
@@ -16,22 +17,30 @@ from ..model.targets import Target, find_targets, refuse_absent
 from .latency import measured
 from .memory import plan_bytes, working_bytes
 from .plans import Plan, PlannedLayer, with_ranks
+from .sharing import gathered, shares
 from .subspace import Directions, Seen, Side, directions, metric, seen, task_rank
 
 logger = logging.getLogger("jactus")
 
 
 def plan(
-    model: nn.Module, statistics: Statistics | None, config: JactusConfig | None = None, *, progress: bool = True
+    model: nn.Module,
+    statistics: Statistics | None,
+    config: JactusConfig | None = None,
+    *,
+    progress: bool = True,
+    group: Group = None,
 ) -> Plan:
     """Spectra and directions of every target layer in the configured metric, and ranks for the configured budget.
 
     statistics: from `calibrate` on this very model; None is enough for metric='identity', union=('weight',).
     config: None is the one that the statistics were calibrated under.
+    group: a process group of torch.distributed, whose ranks, all with the same statistics, plan some of the layers each; all get
+        the same plan. None: this process plans them all.
 
     Raises JactusError when the statistics are of another model or configuration, or weights are not finite.
     """
-    return planned(model, statistics, config, progress)
+    return planned(model, statistics, config, progress, group=group)
 
 
 def planned(
@@ -40,6 +49,7 @@ def planned(
     config: JactusConfig | None = None,
     progress: bool = True,
     forget: bool = False,
+    group: Group = None,
 ) -> Plan:
     """`plan`; with `forget` the sums of a layer are dropped once it is planned, so that they make room for its directions."""
     if not isinstance(model, nn.Module) or not isinstance(statistics, Statistics | None):
@@ -62,13 +72,27 @@ def planned(
         max(working_bytes(t.m, t.n, config.smaller_sides) for t in targets.values()) / 1e6,
     )  # fmt: skip
     inputs = _InputCache(statistics, config)
-    times = measured(targets, config) if config.budget.unit == "latency" else {}
+    first = group is None or group.rank() == 0
+    times = measured(targets, config) if config.budget.unit == "latency" and first else {}
+    parts = [list(targets)]
+    if group is not None:
+        agree(group, "plan", model, **config.to_dict())
+        times = meet(group, "plan", times)[0]  # no two measurements are alike
+        owners = {} if statistics is None else {name: layer.inputs for name, layer in statistics.layers.items()}
+        parts = shares(targets, owners, group.size())
+    mine = parts[group.rank() if group is not None else 0]
+    if forget and statistics is not None:
+        for name in set(targets).difference(mine):
+            statistics.forget(name)
     layers = {}
-    for name, target in tqdm(targets.items(), "planning", unit="layer", disable=not progress):
-        found = _plan_layer(target, statistics if needs_any else None, config, inputs)
+    for name in tqdm(mine, "planning", unit="layer", disable=not (progress and first)):
+        found = _plan_layer(targets[name], statistics if needs_any else None, config, inputs)
         layers[name] = replace(found, times=times.get(name))
         if forget and statistics is not None:
             statistics.forget(name)
+    if group is not None:
+        found_by_all = gathered(group, parts, layers)
+        layers = {name: found_by_all[name] for name in targets}
     counted = sum(t.m * t.n for t in targets.values())
     others = sum(p.numel() for p in model.parameters()) - counted
     outputs = statistics.outputs if statistics is not None else ()
