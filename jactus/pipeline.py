@@ -3,19 +3,29 @@
 import inspect
 import os
 from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import replace
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import nn
+from tqdm import tqdm
 
 from jactus_kernels import JactusError
 
 from .calibration.head import fit_head as fit
 from .calibration.losses import Loss
-from .calibration.passes import calibrate
-from .compression.surgery import compress
+from .calibration.passes import by_part, calibrate
+from .calibration.snapshots import Snapshots
+from .calibration.summing import Summing
+from .compression.surgery import compress, compressed
 from .compression.trainable import extra_parameters
 from .config import JactusConfig
-from .planning.planner import planned
+from .model.families import output_embedding
+from .model.targets import find_targets, refuse_absent
+from .planning.latency import measured
+from .planning.planner import assembled, plan_layers, planned
+from .planning.shelf import Shelf
 
 
 def adapt(
@@ -36,6 +46,10 @@ def adapt(
     budget: what to keep, in (0, 1]; overrides the fraction of config.budget. fit_head: first fit a fresh task head to frozen features.
     The other arguments, and options, are those of `calibrate`. For several budgets calibrate and plan once, and use `plan.at`.
 
+    With a memory_limit a part of the layers at a time is calibrated and planned, and its sums go before the next; directions and
+    factors wait on the disk: beside `resume`, else where Python puts temporary files (TMPDIR). What a run finished there,
+    another continues from. The result is that of no limit, to the rounding of sums that are made in another order.
+
     Raises JactusError as `fit_head`, `calibrate`, `plan` and `compress` do.
     """
     if isinstance(budget, JactusConfig):
@@ -52,7 +66,54 @@ def adapt(
         if iter(batches) is batches:
             raise JactusError("fit_head reads the batches twice, but they come from an iterator; pass a list or loader")
         fit(model, batches, loss=loss, verify=verify, progress=progress)
+    if options.get("memory_limit") is not None:
+        how = {key: options.pop(key) for key in SUMS if key in options}
+        sums = Summing.checked(*(SUMS | how).values())
+        return _by_part(model, batches, config, sums, resume, loss=loss, verify=verify, progress=progress, **options)
     statistics = calibrate(
         model, batches, config, loss=loss, resume=resume, verify=verify, progress=progress, **options
     )
     return compress(model, planned(model, statistics, config, progress, forget=True))
+
+
+SUMS: dict[str, Any] = {"statistics_dtype": "float32", "statistics_device": None, "loss_scale": 1.0, "memory_limit": None}
+
+
+def _by_part(
+    model: nn.Module,
+    batches: Iterable[Any],
+    config: JactusConfig,
+    sums: Summing,
+    resume: str | os.PathLike | None,
+    *,
+    resume_every: float = 60.0,
+    progress: bool = True,
+    **options: Any,
+) -> nn.Module:
+    """`adapt` with no more in memory than the model, the sums of a part of its layers, and one layer's directions or factors."""
+    targets = find_targets(model, config)
+    refuse_absent(targets)
+    of_language = output_embedding(model) is not None
+    whole = config.with_share(of_language)
+    snapshots = Snapshots(resume, resume_every, whole, sums, model, config.replace(budget=1.0).to_dict())
+    with TemporaryDirectory(prefix="jactus-") if snapshots.folder is None else nullcontext(snapshots.folder) as folder:
+        shelf = Shelf(folder)
+        times = measured(targets, whole) if config.budget.unit == "latency" else {}
+        outputs: tuple[str, ...] = ()
+        for part, _ in by_part(model, batches, config, sums, progress=progress, snapshots=snapshots, **options):
+            outputs += part.outputs
+            left = {name: targets[name] for name in part.layers if not shelf.has(name)}
+            for name in part.forgotten.intersection(left):
+                raise JactusError(
+                    f"{resume} says that {name} is planned, and its directions are not in {folder}; delete {resume} to start again"
+                )
+            for name, layer in tqdm(
+                plan_layers(left, part, whole), "planning", len(left), unit="layer", disable=not progress
+            ):
+                shelf.put(replace(layer, times=times.get(name)))
+                part.forget(name)
+        plan = assembled(model, {name: shelf.get(name) for name in targets}, whole, of_language, outputs)
+        del targets  # which hold the dense weights
+        compressed(model, plan, shelf)
+    snapshots.clear()
+    return model

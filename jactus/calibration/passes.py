@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -57,8 +57,35 @@ def calibrate(
     Raises JactusError for what cannot be calibrated: no target, no loss, values that are not finite (with the layer and
     the batch), a layer that was never called, a snapshot of another run.
     """
-    chosen = config = config or JactusConfig()
-    sums = Summing.checked(statistics_dtype, statistics_device, loss_scale, memory_limit)
+    statistics = Statistics(config=config or JactusConfig())
+    parts = by_part(
+        model, batches, config, Summing.checked(statistics_dtype, statistics_device, loss_scale, memory_limit),
+        loss=loss, resume=resume, resume_every=resume_every, verify=verify, progress=progress,
+    )  # fmt: skip
+    for part, of_several in parts:
+        _append(statistics, part, to_cpu=of_several)
+    return statistics
+
+
+def by_part(
+    model: nn.Module,
+    batches: Iterable[Any],
+    config: JactusConfig | None,
+    sums: Summing,
+    *,
+    loss: Loss | None = None,
+    resume: str | os.PathLike | None = None,
+    resume_every: float = 60.0,
+    verify: bool = True,
+    progress: bool = True,
+    snapshots: Snapshots | None = None,
+) -> Iterator[tuple[Statistics, bool]]:
+    """The sums of a part of the layers after the other, complete, as many layers as fit in the limit; and whether there are several.
+
+    snapshots: of a caller who plans each part before he asks for the next; its sums are then let go, and the snapshot is his to
+    clear. A part that is planned already comes without sums, all of it `forgotten`. Raises JactusError as `calibrate`.
+    """
+    config = config or JactusConfig()
     targets = find_targets(model, config)
     refuse_inference("calibrate", model)
     config = config.with_share(output_embedding(model) is not None)
@@ -69,36 +96,41 @@ def calibrate(
     passes = partition(targets, config, sums)
     if len(passes) > 1 and iter(batches) is batches:
         raise JactusError(
-            f"memory_limit={memory_limit} needs {len(passes)} passes over the batches, but they come from an "
+            f"memory_limit={sums.memory_limit} needs {len(passes)} passes over the batches, but they come from an "
             "iterator that runs only once; pass a list or a DataLoader"
         )
     bytes_needed = max(sum(sum_bytes(t, config, sums) for t in part) for part in passes)
     logger.info("calibrating %d layers, sums of at most %.1f MB at a time", len(targets), bytes_needed / 1e6)
-    statistics = Statistics(config=chosen)
-    snapshots = Snapshots(resume, resume_every, config, sums, model)
+    planning = snapshots is not None
+    snapshots = snapshots or Snapshots(resume, resume_every, config, sums, model)
     losses = LossSum(model, loss, verify)
+    terms: int | None = None
+    short: dict[str, int] = {}
     for number, part in enumerate(passes):
         done = snapshots.finished(number)
         if done is None:
             sweep = Sweep(model, {t.name: t for t in part}, config, sums, losses, snapshots, number)
             done = sweep.run(batches, progress)
-            if number + 1 < len(passes):
+            del sweep
+            if planning or number + 1 < len(passes):
                 snapshots.finish(done, number)
-        if number and done.terms != statistics.terms:
+        if terms not in (None, done.terms):
             raise JactusError(
-                f"pass {number + 1} over the batches had {done.terms} loss terms and the passes before it {statistics.terms}: "
+                f"pass {number + 1} over the batches had {done.terms} loss terms and the passes before it {terms}: "
                 "they were other batches; give the same in every pass (no shuffling), or a greater memory_limit"
             )
-        _append(statistics, done, to_cpu=len(passes) > 1)
-    snapshots.clear()
-    statistics.symmetrize_()
-    short = statistics.short_of_tokens()
+        terms = done.terms
+        short |= {name: done.layer_tokens(name) for name in done.short_of_tokens()}
+        yield done.symmetrize_(), len(passes) > 1
+        if planning:
+            snapshots.planned(number)
+    if not planning:
+        snapshots.clear()
     if short and (config.needs_input or config.needs_output):
         logger.warning(
             "%d of %d layers saw fewer tokens than the 4n advised (pass more batches), e.g. %s: %d of %d",
-            len(short), len(targets), short[0], statistics.layer_tokens(short[0]), 4 * targets[short[0]].n,
+            len(short), len(targets), (first := next(iter(short))), short[first], 4 * targets[first].n,
         )  # fmt: skip
-    return statistics
 
 
 def sum_bytes(target: Target, config: JactusConfig, sums: Summing = SUMMING) -> int:

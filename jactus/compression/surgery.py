@@ -11,6 +11,7 @@ from ..model.lowrank import CoreLinear, LowRankLinear, compressed_layers, core_l
 from ..model.targets import find_targets
 from ..planning.planner import core_dtype
 from ..planning.plans import Plan, PlannedLayer
+from ..planning.shelf import Shelf
 from .coordinates import factors, step_scales
 from .trainable import extra_parameters, mark_trainable
 
@@ -22,6 +23,11 @@ def compress(model: nn.Module, plan: Plan) -> nn.Module:
 
     Raises JactusError when the model is compressed already or is not the one the plan was made for.
     """
+    return compressed(model, plan)
+
+
+def compressed(model: nn.Module, plan: Plan, shelf: Shelf | None = None) -> nn.Module:
+    """`compress`; with a shelf factors wait on it, and not in memory, until the dense weight goes that they replace."""
     if not isinstance(plan, Plan):
         raise JactusError(
             f"compress takes a Plan, got {type(plan).__name__}; plan first, then pass plan.at(0.6) or the like"
@@ -56,10 +62,15 @@ def compress(model: nn.Module, plan: Plan) -> nn.Module:
         if rank is not None:
             try:
                 made[name] = core_linear_from(layer, rank, targets[name].module, plan.config, steps[name])
+                if shelf is not None:
+                    made[name] = shelf.put_factors(name, made[name])
             except torch.linalg.LinAlgError as e:
                 raise JactusError(f"{name} ({layer.m}×{layer.n}) at rank {rank}: {e}; the model is as it was") from e
     for name in list(made):
-        replace_module(model, name, made.pop(name).to(targets[name].weight.device))
+        new, device = made.pop(name), targets.pop(name).weight.device
+        if shelf is not None:
+            new = shelf.take_factors(name, new)
+        replace_module(model, name, new.to(device))
     mark_trainable(model, plan.config.trainable_extras)
     # A head that is called like any other layer, and stays dense, has no core to train: it trains itself, as heads do.
     heads = [name for name in plan.outputs if plan.ranks.get(name) is None]

@@ -1,6 +1,7 @@
 """Spectra and directions of every target layer, from its weight and what calibration saw: the work behind a plan."""
 
 import logging
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -51,28 +52,49 @@ def planned(
     refuse_absent(targets)
     of_language = output_embedding(model) is not None
     config = config.with_share(of_language)
-    needs_any = config.needs_input or config.needs_output or config.needs_gradient
-    if statistics is None and needs_any:
+    if statistics is None and _needs_any(config):
         raise JactusError("plan needs statistics for this configuration; call jactus.calibrate first")
-    if statistics is not None:
-        _check_statistics(targets, statistics, config)
     logger.info(
         "planning %d layers: a plan of %.1f MB, and up to %.1f MB for one at a time", len(targets),
         sum(plan_bytes(t.m, t.n) for t in targets.values()) / 1e6,
         max(working_bytes(t.m, t.n, config.smaller_sides) for t in targets.values()) / 1e6,
     )  # fmt: skip
-    inputs = _InputCache(statistics, config)
     times = measured(targets, config) if config.budget.unit == "latency" else {}
     layers = {}
-    for name, target in tqdm(targets.items(), "planning", unit="layer", disable=not progress):
-        found = _plan_layer(target, statistics if needs_any else None, config, inputs)
-        layers[name] = replace(found, times=times.get(name))
+    for name, layer in tqdm(plan_layers(targets, statistics, config), "planning", len(targets), unit="layer", disable=not progress):
+        layers[name] = replace(layer, times=times.get(name))
         if forget and statistics is not None:
             statistics.forget(name)
-    counted = sum(t.m * t.n for t in targets.values())
-    others = sum(p.numel() for p in model.parameters()) - counted
-    outputs = statistics.outputs if statistics is not None else ()
+    return assembled(model, layers, config, of_language, statistics.outputs if statistics is not None else ())
+
+
+def plan_layers(
+    targets: dict[str, Target], statistics: Statistics | None, config: JactusConfig
+) -> Iterator[tuple[str, PlannedLayer]]:
+    """The layers one after the other, without their times; config: with its share. Raises JactusError as `plan`."""
+    if statistics is not None:
+        _check_statistics(targets, statistics, config)
+    if not _needs_any(config):
+        statistics = None
+    inputs = _InputCache(statistics, config)
+    for name, target in targets.items():
+        yield name, _plan_layer(target, statistics, config, inputs)
+
+
+def assembled(
+    model: nn.Module,
+    layers: dict[str, PlannedLayer],
+    config: JactusConfig,
+    of_language: bool,
+    outputs: tuple[str, ...],
+) -> Plan:
+    """The plan of these layers of a model, which is dense, with ranks."""
+    others = sum(p.numel() for p in model.parameters()) - sum(x.m * x.n for x in layers.values())
     return with_ranks(Plan(layers, config, {}, others, of_language, outputs))
+
+
+def _needs_any(config: JactusConfig) -> bool:
+    return config.needs_input or config.needs_output or config.needs_gradient
 
 
 def _check_statistics(targets: dict[str, Target], statistics: Statistics, config: JactusConfig) -> None:
