@@ -17,6 +17,7 @@ from .calibration.head import fit_head as fit
 from .calibration.losses import Loss
 from .calibration.passes import by_part, calibrate
 from .calibration.snapshots import Snapshots
+from .calibration.statistics import Statistics
 from .calibration.summing import Summing
 from .compression.surgery import compress, compressed
 from .compression.trainable import extra_parameters
@@ -25,6 +26,7 @@ from .model.families import output_embedding
 from .model.targets import find_targets, refuse_absent
 from .planning.latency import measured
 from .planning.planner import assembled, plan_layers, planned
+from .planning.plans import Plan
 from .planning.shelf import Shelf
 
 
@@ -76,7 +78,12 @@ def adapt(
     return compress(model, planned(model, statistics, config, progress, forget=True))
 
 
-SUMS: dict[str, Any] = {"statistics_dtype": "float32", "statistics_device": None, "loss_scale": 1.0, "memory_limit": None}
+SUMS: dict[str, Any] = {
+    "statistics_dtype": "float32",
+    "statistics_device": None,
+    "loss_scale": 1.0,
+    "memory_limit": None,
+}
 
 
 def _by_part(
@@ -91,29 +98,39 @@ def _by_part(
     **options: Any,
 ) -> nn.Module:
     """`adapt` with no more in memory than the model, the sums of a part of its layers, and one layer's directions or factors."""
-    targets = find_targets(model, config)
-    refuse_absent(targets)
-    of_language = output_embedding(model) is not None
-    whole = config.with_share(of_language)
+    refuse_absent(find_targets(model, config))
+    whole = config.with_share(output_embedding(model) is not None)
     snapshots = Snapshots(resume, resume_every, whole, sums, model, config.replace(budget=1.0).to_dict())
     with TemporaryDirectory(prefix="jactus-") if snapshots.folder is None else nullcontext(snapshots.folder) as folder:
         shelf = Shelf(folder)
-        times = measured(targets, whole) if config.budget.unit == "latency" else {}
-        outputs: tuple[str, ...] = ()
-        for part, _ in by_part(model, batches, config, sums, progress=progress, snapshots=snapshots, **options):
-            outputs += part.outputs
-            left = {name: targets[name] for name in part.layers if not shelf.has(name)}
-            for name in part.forgotten.intersection(left):
-                raise JactusError(
-                    f"{resume} says that {name} is planned, and its directions are not in {folder}; delete {resume} to start again"
-                )
-            for name, layer in tqdm(
-                plan_layers(left, part, whole), "planning", len(left), unit="layer", disable=not progress
-            ):
-                shelf.put(replace(layer, times=times.get(name)))
-                part.forget(name)
-        plan = assembled(model, {name: shelf.get(name) for name in targets}, whole, of_language, outputs)
-        del targets  # which hold the dense weights
-        compressed(model, plan, shelf)
+        parts = by_part(model, batches, config, sums, progress=progress, snapshots=snapshots, **options)
+        compressed(model, _planned(model, parts, whole, shelf, resume, progress), shelf)
     snapshots.clear()
     return model
+
+
+def _planned(
+    model: nn.Module,
+    parts: Iterable[tuple[Statistics, bool]],
+    config: JactusConfig,
+    shelf: Shelf,
+    resume: str | os.PathLike | None,
+    progress: bool,
+) -> Plan:
+    """The plan of a model whose layers come part by part, each on the shelf before the next comes."""
+    targets = find_targets(model, config)
+    times = measured(targets, config) if config.budget.unit == "latency" else {}
+    outputs: tuple[str, ...] = ()
+    for part, _ in parts:
+        outputs += part.outputs
+        left = {name: targets[name] for name in part.layers if not shelf.has(name)}
+        for name in part.forgotten.intersection(left):
+            raise JactusError(
+                f"{resume} says that {name} is planned, and its directions are not in {shelf.folder}; delete {resume} to start again"
+            )
+        layers = plan_layers(left, part, config)
+        for name, layer in tqdm(layers, "planning", len(left), unit="layer", disable=not progress):
+            shelf.put(replace(layer, times=times.get(name)))
+            part.forget(name)
+    of_language = output_embedding(model) is not None
+    return assembled(model, {name: shelf.get(name) for name in targets}, config, of_language, outputs)

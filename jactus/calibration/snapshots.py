@@ -1,5 +1,6 @@
 """Snapshots of a calibration run, so that one that was killed continues to the same result, or says it cannot."""
 
+import json
 import os
 import shutil
 import time
@@ -15,6 +16,7 @@ from jactus_kernels import JactusError
 
 from ..checkpoints import storage
 from ..config import JactusConfig
+from ..model import offload
 from ..model.targets import fingerprint
 from .statistics import Statistics
 from .summing import Summing
@@ -53,7 +55,7 @@ class Snapshots:
                 "memory_limit": sums.memory_limit,
                 **({"sums": "smaller sides"} if config.smaller_sides else {}),
                 "loss_scale": sums.loss_scale,
-                **({"planned under": planned_under} if planned_under else {}),
+                **({"planned under": json.loads(json.dumps(planned_under))} if planned_under else {}),
             },
             "weights": _fingerprints(model) if path is not None else {},
         }
@@ -178,8 +180,7 @@ class Snapshots:
 
 def _fingerprints(model: nn.Module) -> dict[str, str]:
     """All weights and buffers: a head fitted anew, or other statistics of a norm, give other gradients in every layer."""
-    kept = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return {name: fingerprint(t) for name, t in kept.items() if t.numel()}
+    return {name: fingerprint(t) for name, t in offload.tensors(model) if t.numel()}
 
 
 def _plain(value: Any) -> Any:

@@ -18,6 +18,7 @@ from jactus_kernels import JactusError
 
 from ..model.families import head_parameters
 from ..model.lowrank import compressed_layers, core_layers
+from ..model.offload import state_dict
 from ..model.targets import fingerprint
 from . import storage
 from .quantizer import file_digest, names, own_name, record
@@ -76,7 +77,7 @@ def save_pretrained(model: PreTrainedModel, directory: str | os.PathLike, **kwar
 def _with_tripwires(model: nn.Module) -> dict[str, torch.Tensor]:
     """The state dict with an empty `weight` for each low-rank layer: without `import jactus`, transformers then stops at
     its shape, where it would otherwise make up dense weights and only warn."""
-    return {**model.state_dict(), **{f"{name}.weight": torch.empty(0) for name in compressed_layers(model)}}
+    return {**state_dict(model), **{f"{name}.weight": torch.empty(0) for name in compressed_layers(model)}}
 
 
 def _add_digests(directory: Path) -> None:

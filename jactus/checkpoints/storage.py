@@ -51,9 +51,7 @@ class Triangle:
         return pack(self.S.detach())
 
 
-def write(
-    path: str | os.PathLike, kind: str, tensors: Mapping[str, Tensor | Triangle], meta: dict[str, Any]
-) -> None:
+def write(path: str | os.PathLike, kind: str, tensors: Mapping[str, Tensor | Triangle], meta: dict[str, Any]) -> None:
     """Write `tensors` and `meta` to `path`; on any failure a file that was there before is left whole.
 
     One tensor at a time is packed and brought to the CPU: sums are most of what a machine has. `save_file` wants them all.
@@ -61,7 +59,9 @@ def write(
     """
     path = Path(path)
     own = {"kind": kind, "format": FORMAT, "digest": digest(tensors, meta), "meta": meta}
-    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))  # so that each lies where its dtype may
+    order = sorted(
+        tensors, key=lambda name: (-tensors[name].dtype.itemsize, name)
+    )  # so that each lies where its dtype may
     described: dict[str, Any] = {"__metadata__": {"jactus": json.dumps(own)}}
     end = 0
     for name in order:

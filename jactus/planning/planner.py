@@ -61,7 +61,9 @@ def planned(
     )  # fmt: skip
     times = measured(targets, config) if config.budget.unit == "latency" else {}
     layers = {}
-    for name, layer in tqdm(plan_layers(targets, statistics, config), "planning", len(targets), unit="layer", disable=not progress):
+    for name, layer in tqdm(
+        plan_layers(targets, statistics, config), "planning", len(targets), unit="layer", disable=not progress
+    ):
         layers[name] = replace(layer, times=times.get(name))
         if forget and statistics is not None:
             statistics.forget(name)
@@ -158,14 +160,14 @@ class _InputCache:
 
 def _metric(target: Target, covariance: Tensor | None, config: JactusConfig) -> Tensor | None:
     try:
-        return metric(covariance, config.damping, target.weight.device)
+        return metric(covariance, config.damping, target.device)
     except JactusError as e:
         raise JactusError(f"{target}: {e}") from e
 
 
 def _seen(target: Target, covariance: Tensor, scale: float, config: JactusConfig) -> Seen:
     try:
-        return seen(covariance, scale, config.damping, target.weight.device)
+        return seen(covariance, scale, config.damping, target.device)
     except JactusError as e:
         raise JactusError(f"{target}: {e}") from e
 

@@ -103,4 +103,3 @@ def _factors(layer: CoreLinear) -> dict[str, torch.Tensor]:
 def _set(layer: CoreLinear, key: str, value: torch.Tensor) -> None:
     old = getattr(layer, key)
     setattr(layer, key, nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value)
-
