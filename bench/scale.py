@@ -1,7 +1,7 @@
 """What large models take, estimated from their configs, and the estimate held to the peak of real runs.
 
 python -m bench.scale table > bench/results/scale.md
-python -m bench.scale measure smollm2 > bench/results/scale-smollm2.json
+python -m bench.scale measure llama-2-7b > bench/results/scale-llama-2-7b.json
 """
 
 import json
@@ -48,7 +48,9 @@ CONFIGS = {
 }
 # Two blocks with the shapes of Llama-2-7B's and its vocabulary, their sides divided. Whole, they take an hour of one thread.
 BLOCKS = {"llama-2-7b": 1, "llama-2-7b-half": 2, "llama-2-7b-quarter": 4}
-SMOLLM2 = _shape(LLAMA, 576, 1536, 30, 9, num_key_value_heads=3, vocab_size=49152, tie_word_embeddings=True, dtype="float32")
+SMOLLM2 = _shape(
+    LLAMA, 576, 1536, 30, 9, num_key_value_heads=3, vocab_size=49152, tie_word_embeddings=True, dtype="float32"
+)
 TOKENS = 128
 BUDGET = 0.5
 LIMIT = 600e6  # bytes of sums at a time for the whole sides: a third of what they sum
@@ -75,15 +77,64 @@ def table() -> str:
     return report.table((*head, "peak of planning", "training", "deployed", "PFLOP of calibration"), rows)
 
 
+def h100() -> str:
+    """A row a model and a number of GPUs of 80 GB: GB on each of them, weights and sums spread evenly, or the weights offloaded."""
+    rows = []
+    for name in ("Llama-2-7B", "Llama-2-70B"):
+        weights = estimate(CONFIGS[name]).weights
+        e = estimate(CONFIGS[name], jactus.JactusConfig(union_share=0.0), memory_limit=weights // 4)
+        for count in (1, 8):
+            sums = e.at_a_time / count
+            adapting = e.weights / count + max(sums + e.working, e.making)
+            away = max(e.at_a_time + e.working, e.making)
+            sizes = [_fits(b) for b in (adapting, away, e.training / count)]
+            rows.append((name, str(count), str(e.passes), *sizes, _gb(e.on_disk)))
+    head = ("model", "GPUs", "passes", "adapting, each", "adapting, weights offloaded", "training, each", "on the disk")
+    return report.table(head, rows)
+
+
+def _fits(size: float) -> str:
+    return _gb(size) if size < 80e9 else f"{_gb(size)}, too much"
+
+
 def checked() -> str:
     """A row a run: the estimate of its peak beside the peak."""
     rows = []
-    for name in MEASURED:
-        if (file := RESULTS / f"scale-{name}.json").exists():
-            run = json.loads(file.read_text(encoding="utf-8"))
-            sizes = [_gb(run[k]) for k in ("weights", "sums", "plan", "working", "estimated", "peak")]
-            rows.append((run["model"], *sizes, f"{run['estimated'] / run['peak']:.2f}"))
-    return report.table(("model", "weights", "sums", "plan", "one layer", "estimate", "peak", "estimate / peak"), rows)
+    for name, run in _runs().items():
+        e = estimate(SMOLLM2) if name == "smollm2" else estimate(
+            _blocks(BLOCKS[name]), jactus.JactusConfig(budget=run["budget"]), memory_limit=run["memory_limit"]
+        )  # fmt: skip
+        if name == "smollm2":
+            held, expected, peak = (e.weights, e.sums, e.plan, e.working), e.planning, run["peak"]
+        else:
+            held, expected, peak = (e.weights, e.at_a_time, 0, e.working), e.by_part, run["peaks"]["adapt"]
+        sizes = ["–" if b == 0 else _gb(b) for b in held]
+        rows.append((_named(name), *sizes, _gb(expected), _gb(peak), f"{expected / peak:.2f}"))
+    head = ("model", "weights", "sums at a time", "plan", "one layer", "estimate", "peak", "estimate / peak")
+    return report.table(head, rows)
+
+
+def stages() -> str:
+    """A row a run that went all the way: the peak of each stage, and minutes in all."""
+    rows = []
+    for name, run in _runs().items():
+        if "peaks" in run:
+            peaks = [_gb(run["peaks"][stage]) for stage in ("adapt", "fold", "save", "reload")]
+            same = "yes" if run["same logits"] else "no"
+            rows.append((_named(name), *peaks, same, f"{sum(run['seconds'].values()) / 60:.0f}"))
+    return report.table(("model", "adapt", "fold", "save", "reload", "same logits", "minutes"), rows)
+
+
+def _runs() -> dict[str, Any]:
+    files = {name: RESULTS / f"scale-{name}.json" for name in ("smollm2", *BLOCKS)}
+    return {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items() if file.exists()}
+
+
+def _named(name: str) -> str:
+    if name == "smollm2":
+        return "SmolLM2-135M, planned at once"
+    divided = f", sides ÷ {BLOCKS[name]}" if BLOCKS[name] > 1 else ""
+    return f"two blocks of Llama-2-7B{divided}, by part"
 
 
 def _gb(size: float) -> str:
@@ -107,7 +158,7 @@ def _planned() -> dict[str, Any]:
     memory.forget_peak()  # what the activations took goes back to the system
     with _Peak() as peak:
         jactus.plan(model, statistics, config, progress=True)
-    return {"peaks": {"plan": peak.most - before}, "seconds": time.perf_counter() - started}
+    return {"peak": peak.most - before, "seconds": time.perf_counter() - started}
 
 
 def _all_the_way(divided: int) -> dict[str, Any]:
@@ -183,7 +234,7 @@ def main(argv: list[str]) -> None:
     if argv[0] == "measure":
         print(json.dumps(measure(argv[1]), indent=1))
     else:
-        print(f"{table()}\n\n{checked()}")
+        print("\n\n".join((table(), h100(), checked(), stages())))
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def planned(
     logger.info(
         "planning %d layers: a plan of %.1f MB, and up to %.1f MB for one at a time", len(targets),
         sum(plan_bytes(t.m, t.n) for t in targets.values()) / 1e6,
-        max(working_bytes(t.m, t.n, config.smaller_sides) for t in targets.values()) / 1e6,
+        max(working_bytes(t.m, t.n, config.smaller_sides, bool(config.task_sources)) for t in targets.values()) / 1e6,
     )  # fmt: skip
     times = measured(targets, config) if config.budget.unit == "latency" else {}
     layers = {}
