@@ -87,8 +87,10 @@ def h100() -> str:
             sums = e.at_a_time / count
             adapting = e.weights / count + max(sums + e.working, e.making)
             away = max(e.at_a_time + e.working, e.making)
-            sizes = [_fits(b) for b in (adapting, away, e.training / count)]
-            rows.append((name, str(count), str(e.passes), *sizes, _gb(e.on_disk)))
+            alone = _fits(away) if count == 1 else "–"
+            rows.append(
+                (name, str(count), str(e.passes), _fits(adapting), alone, _fits(e.training / count), _gb(e.on_disk))
+            )
     head = ("model", "GPUs", "passes", "adapting, each", "adapting, weights offloaded", "training, each", "on the disk")
     return report.table(head, rows)
 

@@ -20,7 +20,7 @@ from .calibration.snapshots import Snapshots
 from .calibration.statistics import Statistics
 from .calibration.summing import Summing
 from .compression.surgery import compress, compressed
-from .compression.trainable import extra_parameters
+from .compression.trainable import refuse_extras
 from .config import JactusConfig
 from .model.families import output_embedding
 from .model.targets import find_targets, refuse_absent
@@ -62,8 +62,7 @@ def adapt(
     unknown = set(options) - set(inspect.signature(calibrate).parameters)
     if unknown:
         raise JactusError(f"adapt: neither adapt nor calibrate has an argument {sorted(unknown)}")
-    for extra in config.trainable_extras:
-        extra_parameters(model, extra)  # refuses one that names nothing, before the work
+    refuse_extras(model, config.trainable_extras)  # before the work
     if fit_head:
         if iter(batches) is batches:
             raise JactusError("fit_head reads the batches twice, but they come from an iterator; pass a list or loader")

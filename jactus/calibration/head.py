@@ -11,6 +11,7 @@ from tqdm import tqdm
 from jactus_kernels import JactusError
 
 from ..model.families import head_parameters
+from ..model.offload import first_device
 from .cache import DecoderCache
 from .examples import to_device
 from .losses import Loss, LossSum
@@ -43,7 +44,12 @@ def fit_head(
     """
     refuse_inference("fit_head", model)
     wanted_head = _head(model, (head,) if isinstance(head, str) else tuple(head))
-    device = next(model.parameters()).device
+    for name, p in wanted_head.items():
+        if p.is_meta:
+            raise JactusError(
+                f"{name} {tuple(p.shape)}, of the head to fit, is offloaded or was never loaded; give its module a device in device_map"
+            )
+    device = first_device(model)
     wanted = {name: p.requires_grad for name, p in model.named_parameters()}
     losses = LossSum(model, loss, verify)
     kept: list[Any] = []

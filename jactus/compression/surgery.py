@@ -14,7 +14,7 @@ from ..planning.planner import core_dtype
 from ..planning.plans import Plan, PlannedLayer
 from ..planning.shelf import Shelf
 from .coordinates import factors, step_scales
-from .trainable import extra_parameters, mark_trainable
+from .trainable import mark_trainable, refuse_extras
 
 
 def compress(model: nn.Module, plan: Plan) -> nn.Module:
@@ -39,8 +39,7 @@ def compressed(model: nn.Module, plan: Plan, shelf: Shelf | None = None) -> nn.M
         )
     refuse_quantized(model)
     targets = find_targets(model, plan.config)
-    for extra in plan.config.trainable_extras:
-        extra_parameters(model, extra)  # refuses one that names nothing
+    refuse_extras(model, plan.config.trainable_extras)
     _refuse_others(model, plan, targets)
     steps = step_scales(plan)
     made: dict[str, CoreLinear] = {}
