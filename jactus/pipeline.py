@@ -3,20 +3,31 @@
 import inspect
 import os
 from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import replace
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import nn
+from tqdm import tqdm
 
 from jactus_kernels import JactusError
 
-from .calibration.distributed import Group, make_same_, warn_apart
+from .calibration.distributed import Group, first_of, make_same_, warn_apart
 from .calibration.head import fit_head as fit
 from .calibration.losses import Loss
-from .calibration.passes import calibrate
-from .compression.surgery import compress
-from .compression.trainable import extra_parameters
+from .calibration.passes import by_part, calibrate
+from .calibration.snapshots import Snapshots
+from .calibration.statistics import Statistics
+from .calibration.summing import Summing
+from .compression.surgery import compress, compressed
+from .compression.trainable import refuse_extras
 from .config import JactusConfig
-from .planning.planner import planned
+from .model.families import output_embedding
+from .model.targets import find_targets, refuse_absent
+from .planning.planner import assembled, plan_layers, planned, times_of
+from .planning.plans import Plan
+from .planning.shelf import Shelf
 
 
 def adapt(
@@ -39,6 +50,10 @@ def adapt(
     group: a process group of torch.distributed, each rank of which is given the same model and its own shard of the batches, maybe
     none: all end with the same compressed model. The other arguments, and options, are those of `calibrate`. For several budgets calibrate and plan once, and use `plan.at`.
 
+    With a memory_limit a part of the layers at a time is calibrated and planned, and its sums go before the next; directions and
+    factors wait on the disk: beside `resume`, else where Python puts temporary files (TMPDIR). What a run finished there,
+    another continues from. The result is that of no limit, to the rounding of sums that are made in another order.
+
     Raises JactusError as `fit_head`, `calibrate`, `plan` and `compress` do.
     """
     if isinstance(budget, JactusConfig):
@@ -50,16 +65,84 @@ def adapt(
     unknown = set(options) - set(inspect.signature(calibrate).parameters)
     if unknown:
         raise JactusError(f"adapt: neither adapt nor calibrate has an argument {sorted(unknown)}")
-    for extra in config.trainable_extras:
-        extra_parameters(model, extra)  # refuses one that names nothing, before the work
+    limited = options.get("memory_limit") is not None
+    if limited and group is not None and resume is not None:
+        raise JactusError(
+            "adapt: with group= and a memory_limit, what the ranks have planned cannot be gone on with; leave resume out, or give it "
+            "and the limit to calibrate, then plan and compress"
+        )
+    refuse_extras(model, config.trainable_extras)  # before the work
     if fit_head:
         if iter(batches) is batches:
             raise JactusError("fit_head reads the batches twice, but they come from an iterator; pass a list or loader")
         fit(model, batches, loss=loss, verify=verify, progress=progress, group=group)
-    statistics = calibrate(
-        model, batches, config, loss=loss, resume=resume, verify=verify, progress=progress, group=group, **options
-    )
-    compress(model, planned(model, statistics, config, progress, forget=True, group=group))
+    if limited:
+        how = {key: options.pop(key) for key in SUMS if key in options}
+        sums = Summing.checked(*(SUMS | how).values())
+        _by_part(model, batches, config, sums, resume, group, loss=loss, verify=verify, progress=progress, **options)
+    else:
+        statistics = calibrate(
+            model, batches, config, loss=loss, resume=resume, verify=verify, progress=progress, group=group, **options
+        )
+        compress(model, planned(model, statistics, config, progress, forget=True, group=group))
     if group is not None:
         make_same_(group, "adapt", model)
     return model
+
+
+SUMS: dict[str, Any] = {
+    "statistics_dtype": "float32",
+    "statistics_device": None,
+    "loss_scale": 1.0,
+    "memory_limit": None,
+}
+
+
+def _by_part(
+    model: nn.Module,
+    batches: Iterable[Any],
+    config: JactusConfig,
+    sums: Summing,
+    resume: str | os.PathLike | None,
+    group: Group,
+    *,
+    resume_every: float = 60.0,
+    progress: bool = True,
+    **options: Any,
+) -> None:
+    """`adapt` with no more in memory than the model, the sums of a part of its layers, and one layer's directions or factors."""
+    refuse_absent(find_targets(model, config))
+    whole = config.with_share(output_embedding(model) is not None)
+    snapshots = Snapshots(resume, resume_every, whole, sums, model, config.replace(budget=1.0).to_dict())
+    with TemporaryDirectory(prefix="jactus-") if snapshots.folder is None else nullcontext(snapshots.folder) as folder:
+        shelf = Shelf(folder)
+        parts = by_part(model, batches, config, sums, progress=progress, group=group, snapshots=snapshots, **options)
+        compressed(model, _planned(model, parts, whole, shelf, resume, progress, group), shelf)
+    snapshots.clear()
+
+
+def _planned(
+    model: nn.Module,
+    parts: Iterable[tuple[Statistics, bool]],
+    config: JactusConfig,
+    shelf: Shelf,
+    resume: str | os.PathLike | None,
+    progress: bool,
+    group: Group,
+) -> Plan:
+    """The plan of a model whose layers come part by part, each on the shelf before the next comes."""
+    targets = find_targets(model, config)
+    times = times_of(targets, config, group)
+    outputs: tuple[str, ...] = ()
+    for part, _ in parts:
+        outputs += part.outputs
+        left = {name: targets[name] for name in part.layers if not shelf.has(name)}
+        for name in part.forgotten.intersection(left):
+            raise JactusError(
+                f"{resume} says that {name} is planned, and its directions are not in {shelf.folder}; delete {resume} to start again"
+            )
+        bar = tqdm(total=len(left), desc="planning", unit="layer", disable=not (progress and first_of(group)))
+        for name, layer in plan_layers(left, part, config, bar, forget=True, group=group):
+            shelf.put(replace(layer, times=times.get(name)))
+    of_language = output_embedding(model) is not None
+    return assembled(model, {name: shelf.get(name) for name in targets}, config, of_language, outputs)

@@ -10,6 +10,7 @@ import torch.distributed as dist
 import jactus
 from jactus import JactusError, Statistics
 from jactus.calibration.distributed import _device
+from jactus.model.lowrank import compressed_layers
 from jactus.planning import planner
 from jactus.planning.latency import Times
 from jactus.planning.sharing import shares
@@ -17,6 +18,7 @@ from tests.models import BERT, EVERY, SMALL
 from tests.ranks import together
 from tests.test_statistics import assert_same_sums, calibrated
 
+LIMIT = 60_000  # float64: several parts of BERT
 PLAIN = SMALL.replace(union=("weight",))  # with smaller sides and traces
 UNEVEN = {2: [[0, 1, 2, 3], [4]], 4: [[0], [], [1, 2, 3], [4]]}  # which batches each rank has; one has none
 
@@ -54,7 +56,7 @@ def test_uneven_shards_and_one_without_data_sum_to_the_whole(ranks, tmp_path):
             assert all(torch.equal(a, b) for a, b in zip(sums._sums(), first._sums())), "bit for bit on all ranks"
 
 
-def _adapted(rank):
+def _adapted(rank, limit=None):
     model = jactus.adapt(
         BERT.model(),
         shard(rank),
@@ -64,12 +66,14 @@ def _adapted(rank):
         progress=False,
         group=world(),
         statistics_dtype="float64",
+        memory_limit=limit,
     )
     return {name: t.clone() for name, t in model.state_dict().items()}
 
 
-def test_adapt_ends_with_one_model_on_all_ranks_and_that_of_one_process(tmp_path):
-    found = together(_adapted, 4, tmp_path)
+@pytest.mark.parametrize("limit", [None, LIMIT])
+def test_adapt_ends_with_one_model_on_all_ranks_and_that_of_one_process(limit, tmp_path):
+    found = together(_adapted, 4, tmp_path, limit)
     for state in found:
         assert state.keys() == found[0].keys()
         assert all(torch.equal(t, found[0][name]) for name, t in state.items())
@@ -81,6 +85,13 @@ def test_adapt_ends_with_one_model_on_all_ranks_and_that_of_one_process(tmp_path
     one.load_state_dict(found[0])  # of the same shapes
     # the head ends where L-BFGS stops, on sums that round otherwise
     assert torch.allclose(one(**batch).logits, right, atol=1e-3)
+
+
+def test_a_limit_with_a_snapshot_that_no_two_ranks_share_is_refused():
+    model = BERT.model()
+    with pytest.raises(JactusError, match=r"group=.*memory_limit.*leave resume out"):
+        jactus.adapt(model, BERT.batches(2), 0.7, SMALL, memory_limit=LIMIT, resume="run", group=object())
+    assert not compressed_layers(model)
 
 
 def _planned(rank, path):
@@ -218,7 +229,8 @@ def test_every_rank_has_its_own_snapshot_and_all_go_on_from_theirs(tmp_path):
     """One path for all of them; rank 0 is stopped, and what rank 1 had summed is kept."""
     path = tmp_path / "run.snapshot"
     assert together(_interrupted, 2, tmp_path, str(path), 0, timeout=5) == [None, None]
-    assert sorted(p.name for p in tmp_path.glob("run*")) == ["run.rank0of2.snapshot", "run.rank1of2.snapshot"]
+    kept = {"run.rank0of2.snapshot", "run.rank1of2.snapshot", "run.rank1of2.snapshot.part0"}
+    assert {p.name for p in tmp_path.glob("run*")} == kept
     written = (tmp_path / "run.rank1of2.snapshot").stat().st_mtime_ns
     whole = calibrated(BERT.model(), BERT.batches(5))
     for sums, _ in together(_interrupted, 2, tmp_path, str(path), None):

@@ -23,7 +23,7 @@ def assert_identical(a, b):
     (tensors, meta), (others, other_meta) = a.to_tensors(), b.to_tensors()
     assert meta == other_meta
     assert tensors.keys() == others.keys()
-    assert all(torch.equal(t, others[name]) for name, t in tensors.items())
+    assert all(torch.equal(t.detach(), others[name].detach()) for name, t in tensors.items())
 
 
 def interrupted(batches, at, by=KeyboardInterrupt):

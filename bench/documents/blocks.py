@@ -258,7 +258,9 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "compiled": compiled,
     "llama-sums": llama_sums,
     "scale": lambda: _paragraph("scale.md", 0),
-    "scale-checked": lambda: _paragraph("scale.md", 1),
+    "scale-h100": lambda: _paragraph("scale.md", 1),
+    "scale-checked": lambda: _paragraph("scale.md", 2),
+    "scale-stages": lambda: _paragraph("scale.md", 3),
 }  # fmt: skip
 
 

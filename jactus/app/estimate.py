@@ -19,14 +19,16 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from jactus_kernels import JactusError
 
+from ..calibration.passes import partition
 from ..calibration.sides import Sides, sides
+from ..calibration.summing import Summing
 from ..calibration.tracing import trace
 from ..config import JactusConfig
 from ..model.families import head_parameters, is_encoder_decoder, output_embedding
 from ..model.lowrank import core_shape
 from ..model.targets import Target, find_targets
 from ..planning.allocation import Offer, admissible_ranks, allocate, parameters
-from ..planning.memory import plan_bytes, working_bytes
+from ..planning.memory import factor_bytes, plan_bytes, working_bytes
 from ..planning.planner import core_dtype
 from ..planning.plans import core_width
 from ..planning.subspace import task_rank
@@ -50,9 +52,10 @@ class Kind:
 class Estimate:
     """Bytes by stage, without activations. `shared`: whether it was seen which layers share an input; if not, sums are an upper bound.
 
-    weights: of the whole model in `dtype`; sums: of calibration, float32; plan: of all directions; working: of the layer that planning
-    takes most for; training: weights, cores, their gradients and AdamW's moments; deployed: folded. flops: of calibrating `tokens`
-    tokens, in the targeted layers and the sums.
+    weights: of the whole model in `dtype`; sums: of calibration, float32, of which `at_a_time` are held in one of `passes`; plan: of all
+    directions, and factors: of all layers, with cores; working, making: of the layer that planning and compressing take most for;
+    training: weights, cores, their gradients and AdamW's moments; deployed: folded. flops: of calibrating `tokens` tokens once,
+    in the targeted layers and the sums.
     """
 
     model: str
@@ -62,8 +65,12 @@ class Estimate:
     budget: float
     weights: int
     sums: int
+    at_a_time: int
+    passes: int
     plan: int
     working: int
+    factors: int
+    making: int
     training: int
     trainable: int
     deployed: int
@@ -82,6 +89,16 @@ class Estimate:
         """The peak of `plan`: weights, sums, the plan and the layer in work. (`adapt` drops a layer's sums once it is planned.)"""
         return self.weights + self.sums + self.plan + self.working
 
+    @property
+    def by_part(self) -> int:
+        """The peak of `adapt` under a memory_limit: weights, the sums of a part and the layer in work, or one whose factors are made."""
+        return self.weights + max(self.at_a_time + self.working, self.making)
+
+    @property
+    def on_disk(self) -> int:
+        """What `adapt` keeps on the disk meanwhile: the plan and the factors."""
+        return self.plan + self.factors
+
 
 def estimate(
     source: nn.Module | PretrainedConfig | Mapping[str, Any] | str | os.PathLike,
@@ -89,10 +106,12 @@ def estimate(
     *,
     tokens: int | None = None,
     dtype: torch.dtype | None = None,
+    memory_limit: int | None = None,
 ) -> Estimate:
     """What the method will take for a model, given as itself, its config, or a folder with or path of a config.json.
 
     tokens: of calibration; None: the 4n advised for the widest layer. dtype: of the weights; None: as the config says, else float32.
+    memory_limit: as `adapt` takes it; None: all sums at a time.
 
     Raises JactusError for a config that cannot be read or whose class transformers lacks, and as `find_targets`.
     """
@@ -103,18 +122,19 @@ def estimate(
     own = next(model.parameters()).dtype if isinstance(source, nn.Module) else getattr(model.config, "dtype", None)
     dtype = dtype or own or torch.float32
     seen = _owners(model, targets)
-    owners = {name: (seen or {}).get(name, name) for name in targets}
-    kept = sides(targets, owners, config)
-    sums = {name: 4 * kept[name].numel(t, owners[name] == name) for name, t in targets.items()}
+    kept, sums, owners = _sums(targets, seen or {}, config)
+    parts = [{t.name: t for t in part} for part in partition(targets, config, Summing(memory_limit=memory_limit))]
+    of_part = [_sums(part, seen or {}, config)[:2] for part in parts]
     ranks = _uniform_ranks(targets, config)
     whole = sum(p.numel() for p in model.parameters())
     targeted = sum(t.m * t.n for t in targets.values())
     others = whole - targeted
     deployed = {name: int(parameters(t.m, t.n, ranks[name])) for name, t in targets.items()}
-    cores, bases = 0, 0
+    cores, bases, making = 0, 0, 0
     for name, t in targets.items():
         p, q = core_shape(t.m, t.n, ranks[name], core_width(ranks[name], t.m, t.n, config))
         cores, bases = cores + p * q, bases + t.m * p + t.n * q
+        making = max(making, factor_bytes(t.m, t.n, p, q))
     core = core_dtype(config, config.basis_dtype(dtype)).itemsize
     head = sum(p.numel() for p in head_parameters(model).values()) if "head" in config.trainable_extras else 0
     tokens = 4 * max(t.n for t in targets.values()) if tokens is None else tokens
@@ -127,8 +147,16 @@ def estimate(
         config.budget.fraction,
         whole * dtype.itemsize,
         sum(sums.values()),
+        max(sum(own.values()) for _, own in of_part),
+        len(parts),
         sum(plan_bytes(t.m, t.n, tasks[name]) for name, t in targets.items()),
-        max(working_bytes(t.m, t.n, config.smaller_sides) for t in targets.values()),
+        max(
+            _working(part[name], side, config)
+            for part, (found, _) in zip(parts, of_part)
+            for name, side in found.items()
+        ),
+        bases * config.basis_dtype(dtype).itemsize + cores * core,
+        making,
         (others + bases + 3 * head) * dtype.itemsize + 4 * cores * core,
         cores + head,
         (others + sum(deployed.values())) * dtype.itemsize,
@@ -139,6 +167,21 @@ def estimate(
     )
 
 
+def _sums(
+    targets: Mapping[str, Target], owners: Mapping[str, str], config: JactusConfig
+) -> tuple[dict[str, Sides], dict[str, int], dict[str, str]]:
+    """What each of these layers sums, in how many bytes, and the first of them that is given its input."""
+    firsts: dict[str, str] = {}
+    own = {name: firsts.setdefault(owners.get(name, name), name) for name in targets}
+    kept = sides(targets, own, config)
+    return kept, {name: 4 * kept[name].numel(t, own[name] == name) for name, t in targets.items()}, own
+
+
+def _working(target: Target, side: Sides, config: JactusConfig) -> int:
+    seen = side.Wx if target.m <= target.n else side.Wtg
+    return working_bytes(target.m, target.n, seen, "covariance" in config.task_sources)
+
+
 def table(estimate: Estimate) -> str:
     """An estimate as text: a line a stage, then a line a kind of layer."""
     e = estimate
@@ -147,6 +190,11 @@ def table(estimate: Estimate) -> str:
         ("load", e.weights, "weights"),
         ("calibrate", e.calibrating, f"and sums {_gb(e.sums)}{bound}"),
         ("plan", e.planning, f"and a plan of {_gb(e.plan)}, and {_gb(e.working)} for one layer at a time"),
+        (
+            f"{e.passes} part{'s' * (e.passes > 1)}",
+            e.by_part,
+            f"in place of both, {_gb(e.at_a_time)} of sums at a time; {_gb(e.on_disk)} on the disk",
+        ),
         ("train", e.training, f"{e.trainable / 1e6:,.1f}M parameters train, with gradients and AdamW"),
         ("deploy", e.deployed, f"{e.deployed / e.weights:.0%} of the model, folded"),
     )

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from jactus_kernels import JactusError
 
 from ..model.lowrank import LowRankLinear, replace_module
+from ..model.offload import present
 from ..model.targets import Target
 from .examples import tensors
 from .modes import in_mode
@@ -32,16 +33,19 @@ class StandIn(LowRankLinear):
         super().__init__(target.m, target.n, min(target.m, target.n), target.transposed)
         self.old = [old]  # in a list, so that it is no module of this one
         self.anchor = nn.Parameter(target.weight.new_zeros(1), requires_grad=False)
-        self.bias = old.bias  # type: ignore[assignment]
+        with present(old):
+            self.bias = old.bias  # type: ignore[assignment]
         self.train(old.training)
 
     def forward(self, input: Tensor) -> Tensor:
         (old,) = self.old
-        return type(old).forward(old, input)
+        with present(old):
+            return type(old).forward(old, input)
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         (old,) = self.old
-        weight: Any = old.weight
+        with present(old):
+            weight: Any = old.weight
         return (weight.T if self.transposed else weight).to(dtype or weight.dtype)
 
 

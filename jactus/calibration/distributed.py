@@ -87,6 +87,11 @@ def _many() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def first_of(group: Group) -> bool:
+    """Whether this is the process that speaks for all: the group's first, or the only one."""
+    return group is None or group.rank() == 0
+
+
 def refuse_unready(step: str, group: Group) -> None:
     """Raise JactusError for a launcher's process that has no process group yet, and would silently run alone."""
     launched = dist.is_available() and dist.is_torchelastic_launched() and not dist.is_initialized()

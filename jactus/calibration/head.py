@@ -11,8 +11,9 @@ from tqdm import tqdm
 from jactus_kernels import JactusError
 
 from ..model.families import head_parameters
+from ..model.offload import first_device
 from .cache import DecoderCache
-from .distributed import Group, agree, refuse_unready, sum_
+from .distributed import Group, agree, first_of, refuse_unready, sum_
 from .examples import to_device
 from .losses import Loss, LossSum
 from .modes import frozen_eval, refuse_inference
@@ -49,8 +50,13 @@ def fit_head(
     refuse_unready("fit_head", group)
     if group is not None:
         agree(group, "fit_head", model, l2=l2, iterations=iterations)
-        progress = progress and group.rank() == 0
-    device = next(model.parameters()).device
+        progress = progress and first_of(group)
+    for name, p in wanted_head.items():
+        if p.is_meta:
+            raise JactusError(
+                f"{name} {tuple(p.shape)}, of the head to fit, is offloaded or was never loaded; give its module a device in device_map"
+            )
+    device = first_device(model)
     wanted = {name: p.requires_grad for name, p in model.named_parameters()}
     losses = LossSum(model, loss, verify)
     kept: list[Any] = []

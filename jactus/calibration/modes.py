@@ -35,12 +35,17 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
 @contextmanager
 def frozen_eval(model: nn.Module) -> Iterator[None]:
     """No dropout, no parameter gradients, no checkpointing (which runs layers twice); all put back at the end."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     with in_mode(model, False):
         try:
-            for p in trainable:
-                p.requires_grad_(False)
+            _require(model, trainable, False)
             yield
         finally:
-            for p in trainable:
-                p.requires_grad_(True)
+            _require(model, trainable, True)
+
+
+def _require(model: nn.Module, names: set[str], gradients: bool) -> None:
+    """By name: where weights are offloaded, each call puts another parameter in the place of the last."""
+    for name, p in model.named_parameters():
+        if name in names:
+            p.requires_grad_(gradients)

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from jactus_kernels import JactusError
 from ..config import JactusConfig
 from ..model.families import output_embedding
 from ..model.targets import Target, find_targets, refuse_absent
-from .distributed import Group, agree, all_reduce_, own_file, refuse_unready
+from .distributed import Group, agree, all_reduce_, first_of, own_file, refuse_unready
 from .losses import Loss, LossSum
 from .modes import refuse_inference
 from .sides import sides
@@ -63,8 +63,36 @@ def calibrate(
     the batch), a layer that was never called, a snapshot of another run; with `group`, when ranks have other models or
     configurations, or one does not come within the group's timeout (with `resume` the others' sums are kept to go on with).
     """
+    statistics = Statistics(config=config or JactusConfig())
+    parts = by_part(
+        model, batches, config, Summing.checked(statistics_dtype, statistics_device, loss_scale, memory_limit),
+        loss=loss, resume=resume, resume_every=resume_every, verify=verify, progress=progress, group=group,
+    )  # fmt: skip
+    for part, of_several in parts:
+        _append(statistics, part, to_cpu=of_several)
+    return statistics
+
+
+def by_part(
+    model: nn.Module,
+    batches: Iterable[Any],
+    config: JactusConfig | None,
+    sums: Summing,
+    *,
+    loss: Loss | None = None,
+    resume: str | os.PathLike | None = None,
+    resume_every: float = 60.0,
+    verify: bool = True,
+    progress: bool = True,
+    group: Group = None,
+    snapshots: Snapshots | None = None,
+) -> Iterator[tuple[Statistics, bool]]:
+    """The sums of a part of the layers after the other, complete, as many layers as fit in the limit; and whether there are several.
+
+    snapshots: of a caller who plans each part before he asks for the next; its sums are then let go, and the snapshot is his to
+    clear. A part that is planned already comes without sums, all of it `forgotten`. Raises JactusError as `calibrate`.
+    """
     chosen = config = config or JactusConfig()
-    sums = Summing.checked(statistics_dtype, statistics_device, loss_scale, memory_limit)
     targets = find_targets(model, config)
     refuse_inference("calibrate", model)
     config = config.with_share(output_embedding(model) is not None)
@@ -75,42 +103,48 @@ def calibrate(
     refuse_unready("calibrate", group)
     if group is not None:
         agree(group, "calibrate", model, **chosen.to_dict(), **sums.decisive())
-        progress = progress and group.rank() == 0
+        progress = progress and first_of(group)
     passes = partition(targets, config, sums)
     if len(passes) > 1 and iter(batches) is batches:
         raise JactusError(
-            f"memory_limit={memory_limit} needs {len(passes)} passes over the batches, but they come from an "
+            f"memory_limit={sums.memory_limit} needs {len(passes)} passes over the batches, but they come from an "
             "iterator that runs only once; pass a list or a DataLoader"
         )
     bytes_needed = max(sum(sum_bytes(t, config, sums) for t in part) for part in passes)
     logger.info("calibrating %d layers, sums of at most %.1f MB at a time", len(targets), bytes_needed / 1e6)
-    statistics = Statistics(config=chosen)
-    snapshots = Snapshots(own_file(resume), resume_every, config, sums, model)
+    planning = snapshots is not None
+    snapshots = snapshots or Snapshots(own_file(resume), resume_every, config, sums, model)
     losses = LossSum(model, loss, verify)
+    terms: int | None = None
+    short: dict[str, int] = {}
     for number, part in enumerate(passes):
         done = snapshots.finished(number)
         if done is None:
             sweep = Sweep(model, {t.name: t for t in part}, config, sums, losses, snapshots, number)
             done = sweep.run(batches, progress, may_be_empty=group is not None)
-            if done.layers and (number + 1 < len(passes) or group is not None):
+            del sweep
+            if done.layers and (planning or number + 1 < len(passes) or group is not None):
                 snapshots.finish(done, number)
-        if number and done.terms != statistics.terms:
+        done.symmetrize_()
+        if group is not None:
+            all_reduce_(done, group)
+        if terms not in (None, done.terms):
             raise JactusError(
-                f"pass {number + 1} over the batches had {done.terms} loss terms and the passes before it {statistics.terms}: "
+                f"pass {number + 1} over the batches had {done.terms} loss terms and the passes before it {terms}: "
                 "they were other batches; give the same in every pass (no shuffling), or a greater memory_limit"
             )
-        _append(statistics, done, to_cpu=len(passes) > 1)
-    statistics.symmetrize_()
-    if group is not None:
-        all_reduce_(statistics, group)
-    snapshots.clear()
-    short = statistics.short_of_tokens()
+        terms = done.terms
+        short |= {name: done.layer_tokens(name) for name in done.short_of_tokens()}
+        yield done, len(passes) > 1
+        if planning:
+            snapshots.planned(number)
+    if not planning:
+        snapshots.clear()
     if short and (config.needs_input or config.needs_output):
         logger.warning(
             "%d of %d layers saw fewer tokens than the 4n advised (pass more batches), e.g. %s: %d of %d",
-            len(short), len(targets), short[0], statistics.layer_tokens(short[0]), 4 * targets[short[0]].n,
+            len(short), len(targets), (first := next(iter(short))), short[first], 4 * targets[first].n,
         )  # fmt: skip
-    return statistics
 
 
 def sum_bytes(target: Target, config: JactusConfig, sums: Summing = SUMMING) -> int:

@@ -158,7 +158,7 @@ class Recorder:
         self.starts.clear()
 
     def _device(self, name: str) -> torch.device:
-        return self.sums.device or self.targets[name].weight.device
+        return self.sums.device or self.targets[name].device
 
     def _make_sums(self) -> None:
         def zeros(target: Target, *shape: int) -> Tensor:
@@ -200,17 +200,17 @@ class Recorder:
 
     def _add_seen_input(self, name: str, call: int, x: Tensor, output: Tensor) -> None:
         """Add (Wx)(Wx)ᵀ and |x|². The layer's own output has W x where it is as exact as the sum; elsewhere it is made anew."""
-        layer, module, W = self.statistics.layers[name], self.targets[name].module, self.targets[name].weight
+        layer, module = self.statistics.layers[name], self.targets[name].module
         S, trace = layer.seen_input_sum, layer.input_trace
         assert S is not None
         assert trace is not None
         places, _ = self.tokens.of(name, call, x.shape)
         x = _rows(x.detach(), places, x.device)
-        if x.dtype == W.dtype == output.dtype == S.dtype and "forward" not in vars(module):
+        if x.dtype == module.get_parameter("weight").dtype == output.dtype == S.dtype and "forward" not in vars(module):
             seen, bias = _rows(output.detach(), places, x.device), module._parameters.get("bias")
             seen = seen if bias is None else seen - bias.detach()
         else:
-            seen = wide_product(x, W.T, S.dtype)
+            seen = wide_product(x, self.targets[name].weight.T, S.dtype)
         covariance_update_(S, seen.to(S.device))
         trace += _squares(x, S.dtype).to(S.device)
 

@@ -1,6 +1,8 @@
 """Snapshots of a calibration run, so that one that was killed continues to the same result, or says it cannot."""
 
+import json
 import os
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
@@ -14,22 +16,32 @@ from jactus_kernels import JactusError
 
 from ..checkpoints import storage
 from ..config import JactusConfig
+from ..model import offload
 from ..model.targets import fingerprint
 from .statistics import Statistics
 from .summing import Summing
 
+KIND = "calibration snapshot"
 # The settings that decide what is summed; a snapshot made under others is another run.
 DECISIVE = ("target_modules", "exclude_modules", "metric", "union", "union_share")
 
 
 class Snapshots:
-    """Reads and writes the snapshot file of one run; does nothing without a path.
+    """Reads and writes the snapshot of one run; does nothing without a path.
 
-    A snapshot is made between batches only, so an interruption at any moment loses at most the work since the last one.
+    The file has the sums of the pass that runs, and says which are finished: of these each has a file of its own beside it,
+    written once, which goes when its layers are planned. A snapshot is made between batches only, so an interruption at any
+    moment loses at most the work since the last one.
     """
 
     def __init__(
-        self, path: str | os.PathLike | None, every: float, config: JactusConfig, sums: Summing, model: nn.Module
+        self,
+        path: str | os.PathLike | None,
+        every: float,
+        config: JactusConfig,
+        sums: Summing,
+        model: nn.Module,
+        planned_under: Mapping[str, Any] | None = None,
     ) -> None:
         self.path = Path(path) if path is not None else None
         self.every, self.last = every, time.monotonic()
@@ -41,40 +53,52 @@ class Snapshots:
                 **{key: _plain(getattr(config, key)) for key in DECISIVE},
                 **sums.decisive(),
                 **({"sums": "smaller sides"} if config.smaller_sides else {}),
+                **({"planned under": json.loads(json.dumps(planned_under))} if planned_under else {}),
             },
             "weights": fingerprints(model) if path is not None else {},
         }
-        self.parts: dict[int, tuple[Statistics, dict]] = {}
+        self.parts: dict[int, dict[str, Any]] = {}
+        self.held: dict[int, Statistics] = {}  # the sums that are in the file itself
         if self.path is not None and self.path.exists():
             self._load()
+        else:
+            self.clear()  # of another run, whose snapshot somebody deleted
 
     def _load(self) -> None:
-        tensors, meta = storage.read(self.path, "calibration snapshot")  # type: ignore[arg-type]
+        tensors, meta = storage.read(self.path, KIND)  # type: ignore[arg-type]
         for what, named in (("weights", "model (or a head fitted anew)"), ("config", "configuration")):
             if meta["identity"][what] != self.identity[what]:
                 raise JactusError(
                     f"{self.path} is a snapshot of a run with another {named}; resume with the same, or delete the file to "
                     "start again"
                 )
-        for key, part in meta["parts"].items():
-            prefix = f"{key}/"
-            own = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
-            self.parts[int(key)] = (Statistics.from_tensors(own, part["meta"]), part)
+        self.parts = {int(key): part for key, part in meta["parts"].items()}
+        for key, part in self.parts.items():
+            if not part.get("apart"):
+                own = {k.removeprefix(f"{key}/"): t for k, t in tensors.items() if k.startswith(f"{key}/")}
+                self.held[key] = Statistics.from_tensors(own, part["meta"])
 
     def finished(self, number: int) -> Statistics | None:
-        """The sums of pass `number` if the snapshot has it whole."""
+        """The sums of pass `number` if the snapshot has it whole; without the sums where its layers are planned."""
         self.hasher.reset()
-        statistics, part = self.parts.get(number, (None, {}))
-        return statistics if part.get("complete") else None
+        part = self.parts.get(number, {})
+        if not part.get("complete"):
+            return None
+        if part.get("planned"):
+            known = Statistics.from_tensors({}, part["meta"])
+            known.forgotten |= set(known.layers)
+            return known
+        if number in self.held:
+            return self.held[number]
+        return Statistics.from_tensors(*storage.read(self._apart(number), KIND))
 
     def started(self, number: int) -> tuple[Statistics, int]:
         """The sums to go on with in pass `number`, and how many batches they hold already."""
-        statistics, part = self.parts.get(number, (Statistics(), {"batches": 0}))
-        return statistics, part["batches"]
+        return self.held.get(number) or Statistics(), self.parts.get(number, {"batches": 0})["batches"]
 
     def rule(self) -> dict[str, Any] | None:
         """How the run counted the terms of its loss when the snapshot was made."""
-        kept = [part["rule"] for _, part in self.parts.values() if part.get("rule")]
+        kept = [part["rule"] for part in self.parts.values() if part.get("rule")]
         return kept[-1] if kept else None
 
     def see(self, batch: Any) -> None:
@@ -84,7 +108,7 @@ class Snapshots:
 
     def check(self, number: int) -> None:
         """After the last batch that the snapshot holds: were they the same ones, under the same loss?"""
-        part = self.parts[number][1]
+        part = self.parts[number]
         if part["digest"] != self.hasher.hexdigest():
             raise JactusError(
                 f"the first {part['batches']} batches are not those that {self.path} was made from (another order or other "
@@ -98,35 +122,63 @@ class Snapshots:
             )
 
     def maybe_save(self, statistics: Statistics, number: int, batches: int, rule: dict[str, Any]) -> None:
+        """Between batches: write the sums of the pass that runs, if the last time is `every` seconds ago."""
         self.found = rule
         if self.path is not None and time.monotonic() - self.last >= self.every:
-            self._save(statistics, number, batches, complete=False)
+            self.held[number] = statistics
+            self._note(statistics, number, batches=batches)
 
     def finish(self, statistics: Statistics, number: int) -> None:
+        """After a pass: its sums go into a file of their own, and are written no more."""
         if self.path is not None:
-            self._save(statistics, number, 0, complete=True)
+            storage.write(self._apart(number), KIND, *statistics.to_tensors())
+            self.held.pop(number, None)
+            self._note(statistics, number, batches=0, complete=True, apart=True)
 
-    def _save(self, statistics: Statistics, number: int, batches: int, complete: bool) -> None:
-        part = {"batches": batches, "digest": self.hasher.hexdigest(), "complete": complete}
-        part |= {"loss": self.loss, "rule": self.found}
-        self.parts[number] = (statistics, part)
-        tensors: dict[str, Tensor] = {}
-        for key, (kept, its) in self.parts.items():
-            own, its["meta"] = kept.to_tensors()
-            tensors |= {f"{key}/{k}": t for k, t in own.items()}
-        parts = {str(key): its for key, (_, its) in self.parts.items()}
-        storage.write(self.path, "calibration snapshot", tensors, {"identity": self.identity, "parts": parts})  # type: ignore[arg-type]
+    def planned(self, number: int) -> None:
+        """The layers of a pass are planned, and on the disk: its sums are needed no more."""
+        if self.path is not None:
+            self.parts[number]["planned"] = True
+            self._save()
+            self._apart(number).unlink(missing_ok=True)
+
+    def _note(self, statistics: Statistics, number: int, **known: Any) -> None:
+        part = {"complete": False, "digest": self.hasher.hexdigest(), "loss": self.loss, "rule": self.found}
+        self.parts[number] = part | known | {"meta": statistics.to_tensors()[1]}
+        self._save()
+
+    def _save(self) -> None:
+        tensors: dict[str, Tensor | storage.Triangle] = {}
+        for key, kept in self.held.items():
+            tensors |= {f"{key}/{k}": t for k, t in kept.to_tensors()[0].items()}
+        parts = {str(key): part for key, part in self.parts.items()}
+        storage.write(self.path, KIND, tensors, {"identity": self.identity, "parts": parts})  # type: ignore[arg-type]
         self.last = time.monotonic()
 
+    def _apart(self, number: int) -> Path:
+        assert self.path is not None
+        return self.path.with_name(f"{self.path.name}.part{number}")
+
+    @property
+    def folder(self) -> Path | None:
+        """Where the layers wait that the run has planned; None without a path."""
+        return None if self.path is None else self.path.with_name(f"{self.path.name}.planned")
+
     def clear(self) -> None:
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)
+        """Remove all of it: the run is done."""
+        if self.path is None or self.folder is None:
+            return
+        self.path.unlink(missing_ok=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
+        prefix = f"{self.path.name}.part"
+        for file in self.path.parent.glob("*") if self.path.parent.is_dir() else ():
+            if file.name.startswith(prefix) and file.name.removeprefix(prefix).isdigit():
+                file.unlink()
 
 
 def fingerprints(model: nn.Module) -> dict[str, str]:
     """All weights and buffers: a head fitted anew, or other statistics of a norm, give other gradients in every layer."""
-    kept = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return {name: fingerprint(t) for name, t in kept.items() if t.numel()}
+    return {name: fingerprint(t) for name, t in offload.tensors(model) if t.numel()}
 
 
 def _plain(value: Any) -> Any:

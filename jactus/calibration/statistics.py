@@ -194,11 +194,13 @@ class Statistics:
         """Read what `save` wrote. Raises JactusError for a missing, truncated, corrupted or newer file."""
         return cls.from_tensors(*storage.read(path, "statistics")).symmetrize_()
 
-    def to_tensors(self) -> tuple[dict[str, Tensor], dict]:
-        tensors = {f"input/{key}": storage.pack(S) for key, S in self.input_sums.items()}
+    def to_tensors(self) -> tuple[dict[str, Tensor | storage.Triangle], dict]:
+        tensors: dict[str, Tensor | storage.Triangle] = {
+            f"input/{key}": storage.Triangle(S) for key, S in self.input_sums.items()
+        }
         for name, layer in self.layers.items():
             for kind, S in layer.sums().items():
-                tensors[f"{FILED[kind]}/{name}"] = storage.pack(S) if kind in TRIANGLES else S
+                tensors[f"{FILED[kind]}/{name}"] = storage.Triangle(S) if kind in TRIANGLES else S
         meta = {
             "terms": self.terms,
             "outputs": list(self.outputs),

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from jactus_kernels import JactusError
 
 from ..config import JactusConfig
+from ..model.offload import first_device, light_graph
 from ..model.targets import Target
 from .cache import DecoderCache
 from .checks import check_forwards
@@ -51,10 +52,10 @@ class Sweep:
 
     def run(self, batches: Iterable[Any], progress: bool, may_be_empty: bool = False) -> Statistics:
         """Raises JactusError as `calibrate`. may_be_empty: no batch at all gives no sums, and is no error."""
-        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        device = first_device(self.model)
         label = "calibrating" if self.number == 0 else f"calibrating, pass {self.number + 1}"
         index = -1
-        with frozen_eval(self.model), self.recorder.hooks(), self.cache:
+        with frozen_eval(self.model), light_graph(self.model), self.recorder.hooks(), self.cache:
             for index, batch in enumerate(tqdm(batches, label, unit="batch", disable=not progress)):
                 self.snapshots.see(batch)
                 if index == 0 and self.snapshots.path is not None:

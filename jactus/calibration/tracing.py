@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model.families import HEADS, inner_models
+from ..model.offload import present
 from ..model.targets import Target
 from .examples import tensors
 
@@ -79,7 +80,8 @@ def trace(model: nn.Module, targets: dict[str, Target], run: Callable[[], Any], 
             if isinstance(output, Tensor):
                 last[name] = output.data_ptr(), weakref.ref(output.untyped_storage())
             if name in targets and "forward" in vars(module):  # e.g. accelerate's
-                own = type(module).forward(module, input_of(args, kwargs))
+                with present(module):
+                    own = type(module).forward(module, input_of(args, kwargs))
                 if not torch.allclose(own, output, rtol=1e-3, atol=1e-3 * float(own.abs().max())):
                     found.changed.append(name)
 

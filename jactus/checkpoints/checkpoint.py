@@ -19,6 +19,7 @@ from jactus_kernels import JactusError
 
 from ..model.families import head_parameters
 from ..model.lowrank import compressed_layers, core_layers
+from ..model.offload import state_dict
 from ..model.sharded import is_sharded, refuse_sharded, whole_state
 from ..model.targets import fingerprint
 from . import storage
@@ -51,7 +52,7 @@ def save_pretrained(model: PreTrainedModel, directory: str | os.PathLike, **kwar
         writes = writes and dist.get_rank() == 0
     if not writes:
         return  # in a loop on several processes the first one writes
-    state = model.state_dict() if state is None else state
+    state = state_dict(model) if state is None else state
     directory = Path(directory)
     record(model)
     partial = None

@@ -3,8 +3,9 @@
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +13,67 @@ import numpy as np
 import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from jactus_kernels import JactusError
 
 FORMAT = 1
+NAMED = {  # what safetensors calls the dtypes that are written
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
-def write(path: str | os.PathLike, kind: str, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+@dataclass(frozen=True)
+class Triangle:
+    """The lower triangle of S (n, n), which is packed when its turn to be written comes, and not before."""
+
+    S: Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.S.dtype
+
+    @property
+    def shape(self) -> torch.Size:
+        n = self.S.shape[0]
+        return torch.Size((n * (n + 1) // 2,))
+
+    def detach(self) -> Tensor:
+        return pack(self.S.detach())
+
+
+def write(path: str | os.PathLike, kind: str, tensors: Mapping[str, Tensor | Triangle], meta: dict[str, Any]) -> None:
     """Write `tensors` and `meta` to `path`; on any failure a file that was there before is left whole.
 
+    One tensor at a time is packed and brought to the CPU: sums are most of what a machine has. `save_file` wants them all.
     Raises JactusError when the disk refuses.
     """
     path = Path(path)
-    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    header = {"kind": kind, "format": FORMAT, "digest": digest(tensors, meta), "meta": meta}
-    with atomic(path) as partial:
-        save_file(tensors, partial, metadata={"jactus": json.dumps(header)})
+    own = {"kind": kind, "format": FORMAT, "digest": digest(tensors, meta), "meta": meta}
+    order = sorted(
+        tensors, key=lambda name: (-tensors[name].dtype.itemsize, name)
+    )  # so that each lies where its dtype may
+    described: dict[str, Any] = {"__metadata__": {"jactus": json.dumps(own)}}
+    end = 0
+    for name in order:
+        t = tensors[name]
+        start, end = end, end + t.shape.numel() * t.dtype.itemsize
+        described[name] = {"dtype": NAMED[t.dtype], "shape": list(t.shape), "data_offsets": [start, end]}
+    header = json.dumps(described).encode()
+    header += b" " * (-len(header) % 8)
+    with atomic(path) as partial, partial.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for name in order:
+            file.write(_bytes(tensors[name].detach()).data)
 
 
 @contextmanager
@@ -82,21 +126,37 @@ def read(path: str | os.PathLike, kind: str) -> tuple[dict[str, Tensor], dict[st
     return tensors, header["meta"]
 
 
-def digest(tensors: dict[str, Tensor], meta: dict[str, Any]) -> str:
+def mapped(path: str | os.PathLike, *names: str) -> list[Tensor]:
+    """Tensors of a file that was written or read before, which come from the disk as they are used, and go when they are let go.
+
+    Raises JactusError when they cannot be had.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return [file.get_tensor(name) for name in names]
+    except (SafetensorError, OSError) as e:
+        raise JactusError(f"{path} was there before and cannot be read now ({e}); begin again") from e
+
+
+def digest(tensors: Mapping[str, Tensor | Triangle], meta: dict[str, Any]) -> str:
     """A digest of names, dtypes, shapes and bytes, whatever the order, and of meta as JSON."""
     hasher = xxhash.xxh3_128(json.dumps(meta, sort_keys=True).encode())
     for name in sorted(tensors):
         t = tensors[name]
         hasher.update(f"{name}:{t.dtype}:{tuple(t.shape)};".encode())
-        update(hasher, t)
+        update(hasher, t.detach())
     return hasher.hexdigest()
 
 
 def update(hasher: Any, tensor: Tensor) -> None:
     """Feed a tensor's bytes to a hasher."""
+    hasher.update(_bytes(tensor))
+
+
+def _bytes(tensor: Tensor) -> np.ndarray:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     # numpy has no bfloat16; the bytes are the same seen as integers
-    hasher.update(np.ascontiguousarray(flat.view(torch.uint8).numpy()))
+    return np.ascontiguousarray(flat.view(torch.uint8).numpy())
 
 
 def pack(S: Tensor) -> Tensor:

@@ -8,12 +8,14 @@ from jactus_kernels import JactusError
 from ..checkpoints.quantizer import record, refuse_quantized
 from ..config import JactusConfig
 from ..model.lowrank import CoreLinear, LowRankLinear, compressed_layers, core_layers, replace_module
+from ..model.offload import present
 from ..model.sharded import refuse_sharded
-from ..model.targets import find_targets
+from ..model.targets import Target, find_targets
 from ..planning.planner import core_dtype
 from ..planning.plans import Plan, PlannedLayer
+from ..planning.shelf import Shelf
 from .coordinates import factors, step_scales
-from .trainable import extra_parameters, mark_trainable
+from .trainable import mark_trainable, refuse_extras
 
 
 def compress(model: nn.Module, plan: Plan) -> nn.Module:
@@ -23,6 +25,11 @@ def compress(model: nn.Module, plan: Plan) -> nn.Module:
 
     Raises JactusError when the model is compressed already or is not the one the plan was made for.
     """
+    return compressed(model, plan)
+
+
+def compressed(model: nn.Module, plan: Plan, shelf: Shelf | None = None) -> nn.Module:
+    """`compress`; with a shelf factors wait on it, and not in memory, until the dense weight goes that they replace."""
     if not isinstance(plan, Plan):
         raise JactusError(
             f"compress takes a Plan, got {type(plan).__name__}; plan first, then pass plan.at(0.6) or the like"
@@ -33,8 +40,36 @@ def compress(model: nn.Module, plan: Plan) -> nn.Module:
         )
     refuse_quantized(model)
     targets = find_targets(model, plan.config)
-    for extra in plan.config.trainable_extras:
-        extra_parameters(model, extra)  # refuses one that names nothing
+    refuse_extras(model, plan.config.trainable_extras)
+    _refuse_others(model, plan, targets)
+    steps = step_scales(plan)
+    made: dict[str, CoreLinear] = {}
+    for name, layer in plan.layers.items():
+        rank = plan.ranks[name]
+        if rank is not None:
+            try:
+                made[name] = core_linear_from(layer, rank, targets[name].module, plan.config, steps[name])
+                if shelf is not None:
+                    made[name] = shelf.put_factors(name, made[name])
+            except torch.linalg.LinAlgError as e:
+                raise JactusError(f"{name} ({layer.m}×{layer.n}) at rank {rank}: {e}; the model is as it was") from e
+    for name in list(made):
+        new, device = made.pop(name), targets.pop(name).device
+        if shelf is not None:
+            new = shelf.take_factors(name, new)
+        replace_module(model, name, new.to(device))
+    mark_trainable(model, plan.config.trainable_extras)
+    # A head that is called like any other layer, and stays dense, has no core to train: it trains itself, as heads do.
+    heads = [name for name in plan.outputs if plan.ranks.get(name) is None]
+    if heads and "head" in plan.config.trainable_extras:
+        for name in heads:
+            model.get_submodule(name).requires_grad_(True)
+        record(model)
+    return model
+
+
+def _refuse_others(model: nn.Module, plan: Plan, targets: dict[str, Target]) -> None:
+    """Raise JactusError for a plan of another model, or with fewer directions than its ranks ask for."""
     for name, layer in plan.layers.items():
         target = targets.get(name)
         if target is None or target.fingerprint != layer.fingerprint:
@@ -50,25 +85,6 @@ def compress(model: nn.Module, plan: Plan) -> nn.Module:
                 f"{name} ({layer.m}×{layer.n}) is to have {wanted} directions a side, and the plan kept "
                 f"{layer.directions.kept}: its configuration was changed; plan again"
             )
-    steps = step_scales(plan)
-    made: dict[str, CoreLinear] = {}
-    for name, layer in plan.layers.items():
-        rank = plan.ranks[name]
-        if rank is not None:
-            try:
-                made[name] = core_linear_from(layer, rank, targets[name].module, plan.config, steps[name])
-            except torch.linalg.LinAlgError as e:
-                raise JactusError(f"{name} ({layer.m}×{layer.n}) at rank {rank}: {e}; the model is as it was") from e
-    for name in list(made):
-        replace_module(model, name, made.pop(name).to(targets[name].weight.device))
-    mark_trainable(model, plan.config.trainable_extras)
-    # A head that is called like any other layer, and stays dense, has no core to train: it trains itself, as heads do.
-    heads = [name for name in plan.outputs if plan.ranks.get(name) is None]
-    if heads and "head" in plan.config.trainable_extras:
-        for name in heads:
-            model.get_submodule(name).requires_grad_(True)
-        record(model)
-    return model
 
 
 @torch.no_grad()
@@ -91,7 +107,8 @@ def core_linear_from(
         )
     basis = config.basis_dtype(weight.dtype)
     new.hold(U, C, V, basis, core_dtype(config, basis))
-    new.bias = old.bias  # type: ignore[assignment]
+    with present(old):
+        new.bias = old.bias  # type: ignore[assignment]
     return new.train(old.training)
 
 

@@ -59,6 +59,17 @@ def parameter_groups(model: nn.Module, lr: float, rates: Mapping[str, float]) ->
     return [{"params": rest, "lr": lr}, *groups] if rest else groups
 
 
+def refuse_extras(model: nn.Module, extras: Sequence[str]) -> None:
+    """Raise JactusError for a word of `trainable_extras` that names nothing, or what is not in memory to be trained."""
+    for extra in extras:
+        for name, p in extra_parameters(model, extra).items():
+            if p.is_meta:
+                raise JactusError(
+                    f"{name} {tuple(p.shape)} is to train ({extra!r} in trainable_extras) and is offloaded: training would change "
+                    "nothing of it; give its module a device in device_map, or leave it out of trainable_extras"
+                )
+
+
 def extra_parameters(model: nn.Module, extra: str) -> dict[str, nn.Parameter]:
     """The parameters that a word of `trainable_extras` means, by name."""
     if extra == "head":

@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 import jactus_kernels as kernels
 from jactus_kernels import JactusError
 
+from .offload import is_offloaded
 from .pivots import pivots
 
 
@@ -312,7 +313,9 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
     for key in HOOKS:
         vars(new)[key] = vars(old)[key]  # the very dictionaries, so that their owners' handles still remove them
     if (hook := vars(old).get("_hf_hook")) is not None:  # accelerate's, which is no hook of torch's
-        from accelerate.hooks import add_hook_to_module
+        from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
+        if is_offloaded(old):  # the new layer stays where it computes: it is smaller, and trains
+            hook = AlignDevicesHook(hook.execution_device, io_same_device=hook.io_same_device, skip_keys=hook.skip_keys)
         add_hook_to_module(new, hook)
     setattr(holder, child, new)

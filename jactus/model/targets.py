@@ -16,6 +16,7 @@ from jactus_kernels import JactusError
 from ..config import JactusConfig
 from .families import outside_base
 from .lowrank import refuse_compressed
+from .offload import device_of, present
 from .sharded import refuse_sharded
 
 logger = logging.getLogger("jactus")
@@ -33,9 +34,15 @@ class Target:
 
     @property
     def weight(self) -> Tensor:
-        """W as (m, n); GPT-2's Conv1D keeps it the other way round."""
-        weight = self.module.get_parameter("weight").detach()
+        """W as (m, n), fetched where it is offloaded; GPT-2's Conv1D keeps it the other way round."""
+        with present(self.module):
+            weight = self.module.get_parameter("weight").detach()
         return weight.T if self.transposed else weight
+
+    @property
+    def device(self) -> torch.device:
+        """Where the layer computes."""
+        return device_of(self.module, self.module.get_parameter("weight"))
 
     @property
     def fingerprint(self) -> str:
@@ -106,13 +113,14 @@ def find_targets(model: nn.Module, config: JactusConfig) -> dict[str, Target]:
 
 
 def refuse_absent(targets: dict[str, Target]) -> None:
-    """Raise JactusError for a layer whose weight is on the meta device: offloaded, or never loaded."""
+    """Raise JactusError for a layer whose weight is on the meta device and cannot be fetched: it was never loaded, or something
+    else than a hook of its own brings it."""
     for target in targets.values():
-        if target.weight.device.type == "meta":
-            how = "accelerate offloaded it" if hasattr(target.module, "_hf_hook") else "it was never loaded"
+        if target.device.type == "meta":
+            how = "its own hook does not bring it" if hasattr(target.module, "_hf_hook") else "it was never loaded"
             raise JactusError(
-                f"{target} has no weight in memory ({how}); load the model whole, on the CPU if need be (from_pretrained without "
-                "device_map; statistics_device='cpu' and memory_limit spare a GPU)"
+                f"{target} has no weight in memory ({how}); load the model whole, on the CPU if need be, or let accelerate dispatch it "
+                "without preload_module_classes (memory_limit and statistics_device='cpu' spare memory)"
             )
 
 

@@ -69,9 +69,9 @@ def measured(targets: dict[str, Target], config: JactusConfig) -> dict[str, Time
     found: dict[Kind, Times] = {}
     times = {}
     for name, t in targets.items():
-        dtype = t.weight.dtype
+        dtype = t.module.get_parameter("weight").dtype
         bias = t.module.bias is not None
-        kind = Kind(t.m, t.n, t.transposed, bias, dtype, config.basis_dtype(dtype), t.weight.device)
+        kind = Kind(t.m, t.n, t.transposed, bias, dtype, config.basis_dtype(dtype), t.device)
         if kind not in found:
             found[kind] = _measure(kind, config, len(targets))
         times[name] = found[kind]

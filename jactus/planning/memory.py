@@ -1,4 +1,7 @@
-"""Bytes that planning takes, by the shape of a layer: what it leaves in the plan, and what it works in."""
+"""Bytes that planning and compressing take, by the shape of a layer: what they leave, and what they work in.
+
+Counted in the source, at the line where most is held; float64 but for what is said, and for a float32 weight.
+"""
 
 
 def plan_bytes(m: int, n: int, tasks: int = 0) -> int:
@@ -8,13 +11,20 @@ def plan_bytes(m: int, n: int, tasks: int = 0) -> int:
     return 4 * (m + n) * (k + tasks) + 8 * k + 8 * tasks * (2 * k + 3 * tasks)
 
 
-def working_bytes(m: int, n: int, smaller_sides: bool) -> int:
-    """The most that `directions` holds at once for a layer, in float64, beside its weight and sums; counted in the source.
+def working_bytes(m: int, n: int, seen: bool, tasks: bool = False) -> int:
+    """The most that planning a layer holds at once, beside its weight and sums.
 
-    With sums of the smaller side k: three matrices (k, l) and five (k, k), or two and eight, while eigenvectors are found. Else six
-    (k, l), five (k, k) and one (l, l). Means of the sums are made in their float32.
+    seen: the covariance of its longer side l is known as its weight sees it; tasks: eigenvectors of the covariances are wanted.
+    Means of the sums are in their float32. A solver of eigenvalues works in three matrices of the size of its own.
     """
     k, l = sorted((m, n))  # noqa: E741
-    if smaller_sides:
-        return 8 * max(3 * k * l + 5 * k * k, 2 * k * l + 8 * k * k) + 4 * k * k
-    return 8 * (6 * k * l + 5 * k * k + l * l) + 4 * (k * k + l * l)
+    if seen:  # while eigenvectors are found, or when directions are mapped back
+        return int(8 * max(8.5 * k * k + 2 * k * l, 7.5 * k * k + 3 * k * l))
+    whole = 4.5 * k * k + 8 * k * l + 1.5 * l * l  # where right directions are made orthonormal
+    return int(8 * max(whole, (3.5 * k * k + 5 * k * l + 5.5 * l * l) * tasks))
+
+
+def factor_bytes(m: int, n: int, p: int, q: int) -> int:
+    """The most that making the factors U (m, p), C (p, q) and V (n, q) of a layer holds at once, beside its weight and its directions:
+    four times the bases, while their coordinates change, and six small matrices."""
+    return 8 * (4 * (m * p + n * q) + 6 * p * q)

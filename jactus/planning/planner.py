@@ -1,6 +1,7 @@
 """Spectra and directions of every target layer, from its weight and what calibration saw: the work behind a plan."""
 
 import logging
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import torch
@@ -9,12 +10,12 @@ from tqdm import tqdm
 
 from jactus_kernels import JactusError
 
-from ..calibration.distributed import Group, agree, meet
+from ..calibration.distributed import Group, agree, first_of, meet
 from ..calibration.statistics import Statistics
 from ..config import JactusConfig
 from ..model.families import output_embedding
 from ..model.targets import Target, find_targets, refuse_absent
-from .latency import measured
+from .latency import Times, measured
 from .memory import plan_bytes, working_bytes
 from .plans import Plan, PlannedLayer, with_ranks
 from .sharing import gathered, shares
@@ -61,42 +62,82 @@ def planned(
     refuse_absent(targets)
     of_language = output_embedding(model) is not None
     config = config.with_share(of_language)
-    needs_any = config.needs_input or config.needs_output or config.needs_gradient
-    if statistics is None and needs_any:
+    if statistics is None and _needs_any(config):
         raise JactusError("plan needs statistics for this configuration; call jactus.calibrate first")
-    if statistics is not None:
-        _check_statistics(targets, statistics, config)
     logger.info(
         "planning %d layers: a plan of %.1f MB, and up to %.1f MB for one at a time", len(targets),
         sum(plan_bytes(t.m, t.n) for t in targets.values()) / 1e6,
-        max(working_bytes(t.m, t.n, config.smaller_sides) for t in targets.values()) / 1e6,
+        max(working_bytes(t.m, t.n, config.smaller_sides, bool(config.task_sources)) for t in targets.values()) / 1e6,
     )  # fmt: skip
-    inputs = _InputCache(statistics, config)
-    first = group is None or group.rank() == 0
-    times = measured(targets, config) if config.budget.unit == "latency" and first else {}
-    parts = [list(targets)]
     if group is not None:
         agree(group, "plan", model, **config.to_dict())
-        times = meet(group, "plan", times)[0]  # no two measurements are alike
+    times = times_of(targets, config, group)
+    layers = {}
+    bar = tqdm(total=len(targets), desc="planning", unit="layer", disable=not (progress and first_of(group)))
+    for name, layer in plan_layers(targets, statistics, config, bar, forget, group):
+        layers[name] = replace(layer, times=times.get(name))
+    return assembled(model, layers, config, of_language, statistics.outputs if statistics is not None else ())
+
+
+def times_of(targets: dict[str, Target], config: JactusConfig, group: Group = None) -> dict[str, Times]:
+    """Measured times of the layers where the budget is of time: the first rank's, since no two measurements are alike."""
+    times = measured(targets, config) if config.budget.unit == "latency" and first_of(group) else {}
+    return times if group is None else meet(group, "plan", times)[0]
+
+
+def plan_layers(
+    targets: dict[str, Target],
+    statistics: Statistics | None,
+    config: JactusConfig,
+    bar: tqdm,
+    forget: bool = False,
+    group: Group = None,
+) -> Iterator[tuple[str, PlannedLayer]]:
+    """The layers one after the other, without their times; of a group's ranks each plans some, and all get all.
+
+    config: with its share. bar: moved on by a layer at a time. forget: as of `planned`. Raises JactusError as `plan`.
+    """
+    if statistics is not None:
+        _check_statistics(targets, statistics, config)
+    used = statistics if _needs_any(config) else None
+    inputs = _InputCache(used, config)
+
+    def own(names: Iterable[str]) -> Iterator[tuple[str, PlannedLayer]]:
+        for name in names:
+            layer = _plan_layer(targets[name], used, config, inputs)
+            if forget and statistics is not None:
+                statistics.forget(name)
+            bar.update()
+            yield name, layer
+
+    with bar:
+        if group is None:
+            yield from own(targets)
+            return
         owners = {} if statistics is None else {name: layer.inputs for name, layer in statistics.layers.items()}
         parts = shares(targets, owners, group.size())
-    mine = parts[group.rank() if group is not None else 0]
-    if forget and statistics is not None:
-        for name in set(targets).difference(mine):
-            statistics.forget(name)
-    layers = {}
-    for name in tqdm(mine, "planning", unit="layer", disable=not (progress and first)):
-        found = _plan_layer(targets[name], statistics if needs_any else None, config, inputs)
-        layers[name] = replace(found, times=times.get(name))
+        mine = parts[group.rank()]
         if forget and statistics is not None:
-            statistics.forget(name)
-    if group is not None:
-        found_by_all = gathered(group, parts, layers)
-        layers = {name: found_by_all[name] for name in targets}
-    counted = sum(t.m * t.n for t in targets.values())
-    others = sum(p.numel() for p in model.parameters()) - counted
-    outputs = statistics.outputs if statistics is not None else ()
+            for name in set(targets).difference(mine):
+                statistics.forget(name)
+        everyones = gathered(group, parts, dict(own(mine)))
+        yield from ((name, everyones[name]) for name in targets)
+
+
+def assembled(
+    model: nn.Module,
+    layers: dict[str, PlannedLayer],
+    config: JactusConfig,
+    of_language: bool,
+    outputs: tuple[str, ...],
+) -> Plan:
+    """The plan of these layers of a model, which is dense, with ranks."""
+    others = sum(p.numel() for p in model.parameters()) - sum(x.m * x.n for x in layers.values())
     return with_ranks(Plan(layers, config, {}, others, of_language, outputs))
+
+
+def _needs_any(config: JactusConfig) -> bool:
+    return config.needs_input or config.needs_output or config.needs_gradient
 
 
 def _check_statistics(targets: dict[str, Target], statistics: Statistics, config: JactusConfig) -> None:
@@ -160,14 +201,14 @@ class _InputCache:
 
 def _metric(target: Target, covariance: Tensor | None, config: JactusConfig) -> Tensor | None:
     try:
-        return metric(covariance, config.damping, target.weight.device)
+        return metric(covariance, config.damping, target.device)
     except JactusError as e:
         raise JactusError(f"{target}: {e}") from e
 
 
 def _seen(target: Target, covariance: Tensor, scale: float, config: JactusConfig) -> Seen:
     try:
-        return seen(covariance, scale, config.damping, target.weight.device)
+        return seen(covariance, scale, config.damping, target.device)
     except JactusError as e:
         raise JactusError(f"{target}: {e}") from e
 
