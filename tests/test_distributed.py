@@ -97,6 +97,7 @@ def test_ranks_plan_some_layers_each_and_all_have_the_plan_of_one(tmp_path):
     statistics.save(tmp_path / "sums")
     found = together(_planned, 4, tmp_path, str(tmp_path / "sums"))
     assert all(its == found[0] for its in found)
+    assert {times.folded for times in found[0][1].values()} == {(0.1, 0.8)}, "all of one machine: rank 0's"
     jactus.plan(BERT.model(), statistics, EVERY, progress=False).save(tmp_path / "alone")
     for rank in range(4):
         assert (tmp_path / f"sums.{rank}.plan").read_bytes() == (tmp_path / "alone").read_bytes()
