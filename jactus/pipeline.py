@@ -37,7 +37,8 @@ def adapt(
 
     budget: what to keep, in (0, 1]; overrides the fraction of config.budget. fit_head: first fit a fresh task head to frozen features.
     group: a process group of torch.distributed, each rank of which is given the same model and its own shard of the batches, maybe
-    none: all end with the same compressed model. The other arguments, and options, are those of `calibrate`. For several budgets calibrate and plan once, and use `plan.at`.
+    none: all end with the same compressed model. The other arguments, and options, are those of `calibrate`. For several budgets
+    calibrate and plan once, and use `plan.at`.
 
     Raises JactusError as `fit_head`, `calibrate`, `plan` and `compress` do.
     """

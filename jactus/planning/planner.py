@@ -13,7 +13,7 @@ from ..calibration.distributed import Group, agree, meet
 from ..calibration.statistics import Statistics
 from ..config import JactusConfig
 from ..model.families import output_embedding
-from ..model.targets import Target, find_targets, refuse_absent
+from ..model.targets import Target, find_targets, fingerprint, refuse_absent
 from .latency import measured
 from .memory import plan_bytes, working_bytes
 from .plans import Plan, PlannedLayer, with_ranks
@@ -76,7 +76,8 @@ def planned(
     times = measured(targets, config) if config.budget.unit == "latency" and first else {}
     parts = [list(targets)]
     if group is not None:
-        agree(group, "plan", model, **config.to_dict())
+        sums = [] if statistics is None else [fingerprint(t) for t in statistics._sums()]
+        agree(group, "plan", model, **config.to_dict(), statistics=sums)  # those of one shard are not those of all
         times = meet(group, "plan", times)[0]  # no two measurements are alike
         owners = {} if statistics is None else {name: layer.inputs for name, layer in statistics.layers.items()}
         parts = shares(targets, owners, group.size())
