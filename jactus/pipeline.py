@@ -48,7 +48,8 @@ def adapt(
 
     budget: what to keep, in (0, 1]; overrides the fraction of config.budget. fit_head: first fit a fresh task head to frozen features.
     group: a process group of torch.distributed, each rank of which is given the same model and its own shard of the batches, maybe
-    none: all end with the same compressed model. The other arguments, and options, are those of `calibrate`. For several budgets calibrate and plan once, and use `plan.at`.
+    none: all end with the same compressed model. The other arguments, and options, are those of `calibrate`. For several budgets
+    calibrate and plan once, and use `plan.at`.
 
     With a memory_limit a part of the layers at a time is calibrated and planned, and its sums go before the next; directions and
     factors wait on the disk: beside `resume`, else where Python puts temporary files (TMPDIR). What a run finished there,

@@ -39,8 +39,9 @@ def fit_head(
     row leaves small, noisy gradients to calibrate on and to train with: on 3,000 rows of 20 classes a tenth of the default
     cost 3 points of test accuracy before training and about one after it (LOG.md).
 
-    head: name endings of the head's modules, where the model does not say; `verify` as in `calibrate`. group: a process group of torch.distributed, each rank of which
-    has its own shard of the batches, maybe none; all fit one head to all of them. None: this process alone.
+    head: name endings of the head's modules, where the model does not say; `verify` as in `calibrate`.
+    group: a process group of torch.distributed, each rank of which has its own shard of the batches, maybe none; all fit one head
+        to all of them. None: this process alone.
 
     Raises JactusError when the model has no head outside its base model, a batch has no loss, or what was kept does not give
     the model's own loss again.

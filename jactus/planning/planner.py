@@ -14,7 +14,7 @@ from ..calibration.distributed import Group, agree, first_of, meet
 from ..calibration.statistics import Statistics
 from ..config import JactusConfig
 from ..model.families import output_embedding
-from ..model.targets import Target, find_targets, refuse_absent
+from ..model.targets import Target, find_targets, fingerprint, refuse_absent
 from .latency import Times, measured
 from .memory import plan_bytes, working_bytes
 from .plans import Plan, PlannedLayer, with_ranks
@@ -70,7 +70,8 @@ def planned(
         max(working_bytes(t.m, t.n, config.smaller_sides, bool(config.task_sources)) for t in targets.values()) / 1e6,
     )  # fmt: skip
     if group is not None:
-        agree(group, "plan", model, **config.to_dict())
+        sums = [] if statistics is None else [fingerprint(t) for t in statistics._sums()]
+        agree(group, "plan", model, **config.to_dict(), statistics=sums)  # those of one shard are not those of all
     times = times_of(targets, config, group)
     layers = {}
     bar = tqdm(total=len(targets), desc="planning", unit="layer", disable=not (progress and first_of(group)))
