@@ -85,8 +85,8 @@ def h100() -> str:
         e = estimate(CONFIGS[name], jactus.JactusConfig(union_share=0.0), memory_limit=weights // 4)
         for count in (1, 8):
             sums = e.at_a_time / count
-            adapting = e.weights / count + max(sums + e.working, e.making)
-            away = max(e.at_a_time + e.working, e.making)
+            adapting = e.weights / count + max(sums + e.working + e.directions, e.making)
+            away = e.by_part - e.weights
             alone = _fits(away) if count == 1 else "–"
             rows.append(
                 (name, str(count), str(e.passes), _fits(adapting), alone, _fits(e.training / count), _gb(e.on_disk))
@@ -109,7 +109,8 @@ def checked() -> str:
         if name == "smollm2":
             held, expected, peak = (e.weights, e.sums, e.plan, e.working), e.planning, run["peak"]
         else:
-            held, expected, peak = (e.weights, e.at_a_time, 0, e.working), e.by_part, run["peaks"]["adapt"]
+            working = e.by_part - e.weights - e.at_a_time
+            held, expected, peak = (e.weights, e.at_a_time, 0, working), e.by_part, run["peaks"]["adapt"]
         sizes = ["–" if b == 0 else _gb(b) for b in held]
         rows.append((_named(name), *sizes, _gb(expected), _gb(peak), f"{expected / peak:.2f}"))
     head = ("model", "weights", "sums at a time", "plan", "one layer", "estimate", "peak", "estimate / peak")

@@ -8,6 +8,8 @@ import torch
 import jactus
 from jactus import JactusError
 from jactus.app.estimate import estimate, table
+from jactus.calibration.passes import by_part
+from jactus.calibration.summing import Summing
 from tests.models import BERT, LLAMA, SMALL, VIT
 
 SEEN = SMALL.replace(union_share=0.0)
@@ -66,3 +68,16 @@ def test_what_is_no_config_is_named(tmp_path):
         estimate(config_of(LLAMA) | {"architectures": ["NobodysModel"]})
     with pytest.raises(JactusError, match=r"the config given is no config\.json"):
         estimate({"hidden_size": 3})
+
+
+def test_parts_are_those_of_the_run_and_take_less_than_all_at_once():
+    model, limit = LLAMA.model(), 5_000
+    found, sizes = estimate(config_of(LLAMA), SEEN, memory_limit=limit), []
+    for part, _ in by_part(model, LLAMA.batches(1), SEEN, Summing(memory_limit=limit), verify=False, progress=False):
+        traces = [t for layer in part.layers.values() for t in layer.sums().values() if t.dim() == 0]
+        sizes.append(part.nbytes - 4 * len(traces))
+    assert found.passes == len(sizes) > 2
+    assert found.at_a_time == max(sizes) <= limit
+    whole = estimate(config_of(LLAMA), SEEN)
+    assert (whole.passes, whole.at_a_time) == (1, whole.sums)
+    assert found.by_part < whole.by_part < whole.planning

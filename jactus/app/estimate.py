@@ -53,7 +53,8 @@ class Estimate:
     """Bytes by stage, without activations. `shared`: whether it was seen which layers share an input; if not, sums are an upper bound.
 
     weights: of the whole model in `dtype`; sums: of calibration, float32, of which `at_a_time` are held in one of `passes`; plan: of all
-    directions, and factors: of all layers, with cores; working, making: of the layer that planning and compressing take most for;
+    directions, of which the largest layer has `directions`, and factors: of all layers, with cores; working, making: of the layer that
+    planning and compressing take most for;
     training: weights, cores, their gradients and AdamW's moments; deployed: folded. flops: of calibrating `tokens` tokens once,
     in the targeted layers and the sums.
     """
@@ -68,6 +69,7 @@ class Estimate:
     at_a_time: int
     passes: int
     plan: int
+    directions: int
     working: int
     factors: int
     making: int
@@ -91,8 +93,9 @@ class Estimate:
 
     @property
     def by_part(self) -> int:
-        """The peak of `adapt` under a memory_limit: weights, the sums of a part and the layer in work, or one whose factors are made."""
-        return self.weights + max(self.at_a_time + self.working, self.making)
+        """The peak of `adapt` under a memory_limit: weights, the sums of a part, the layer in work and the directions of the one before,
+        which were written last; or a layer whose factors are made."""
+        return self.weights + max(self.at_a_time + self.working + self.directions, self.making)
 
     @property
     def on_disk(self) -> int:
@@ -139,6 +142,7 @@ def estimate(
     head = sum(p.numel() for p in head_parameters(model).values()) if "head" in config.trainable_extras else 0
     tokens = 4 * max(t.n for t in targets.values()) if tokens is None else tokens
     tasks = {name: task_rank(min(t.m, t.n), config.share) if config.task_sources else 0 for name, t in targets.items()}
+    directions = {name: plan_bytes(t.m, t.n, tasks[name]) for name, t in targets.items()}
     return Estimate(
         type(model).__name__,
         whole,
@@ -149,7 +153,8 @@ def estimate(
         sum(sums.values()),
         max(sum(own.values()) for _, own in of_part),
         len(parts),
-        sum(plan_bytes(t.m, t.n, tasks[name]) for name, t in targets.items()),
+        sum(directions.values()),
+        max(directions.values()),
         max(
             _working(part[name], side, config)
             for part, (found, _) in zip(parts, of_part)

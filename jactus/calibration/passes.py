@@ -51,8 +51,9 @@ def calibrate(
     statistics_dtype: float32 or float64, what the covariances are summed in.
     statistics_device: where sums are kept, e.g. "cpu" to spare the GPU; None: each on its layer's.
     loss_scale: the loss is multiplied by it before backward, and the gradients divided by it.
-    resume: a file for snapshots, written every `resume_every` seconds and removed at the end. If it exists, the run
-        continues from it to the same result; batches must come in the same order (they are checked).
+    resume: a file for snapshots, written every `resume_every` seconds and removed at the end, with a file beside it for each
+        finished pass. If it exists, the run continues from it to the same result; batches must come in the same order (they are
+        checked).
     verify: look into the first batch (and the first with padding), at the price of a few examples' time: what the loss sums or
         averages, which rows are tokens, that layers are used by their forward. False goes by names and shapes.
     group: a process group of torch.distributed (`torch.distributed.group.WORLD`), each rank of which is given its own shard of the
