@@ -3,6 +3,7 @@
 To add a verb: import its function and name it in `VERBS`.
 """
 
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -71,6 +72,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except USAGE as e:
         return _failed(f"{e.format_message()} (jactus --help)", 2)
     except KeyboardInterrupt:
+        # of a run the stages that were done are files, and training's last step is one
+        print(
+            f"jactus: interrupted; the same command goes on from here:\n  {shlex.join(['jactus', *words])}",
+            file=sys.stderr,
+        )
         return 130
 
 

@@ -36,6 +36,7 @@ def calibrate(
     loss_scale: float = 1.0,
     resume: str | os.PathLike | None = None,
     resume_every: float = 60.0,
+    save: str | os.PathLike | None = None,
     verify: bool = True,
     progress: bool = True,
 ) -> Statistics:
@@ -50,7 +51,8 @@ def calibrate(
     statistics_device: where sums are kept, e.g. "cpu" to spare the GPU; None: each on its layer's.
     loss_scale: the loss is multiplied by it before backward, and the gradients divided by it.
     resume: a file for snapshots, written every `resume_every` seconds and removed at the end. If it exists, the run
-        continues from it to the same result; batches must come in the same order (they are checked).
+        continues from it to the same result; batches must come in the same order (they are checked). One run at a time.
+    save: a file to write the result to, before the snapshot goes: then no kill and no full disk costs more than `resume_every`.
     verify: look into the first batch (and the first with padding), at the price of a few examples' time: what the loss sums or
         averages, which rows are tokens, that layers are used by their forward. False goes by names and shapes.
 
@@ -75,23 +77,25 @@ def calibrate(
     bytes_needed = max(sum(sum_bytes(t, config, sums) for t in part) for part in passes)
     logger.info("calibrating %d layers, sums of at most %.1f MB at a time", len(targets), bytes_needed / 1e6)
     statistics = Statistics(config=chosen)
-    snapshots = Snapshots(resume, resume_every, config, sums, model)
     losses = LossSum(model, loss, verify)
-    for number, part in enumerate(passes):
-        done = snapshots.finished(number)
-        if done is None:
-            sweep = Sweep(model, {t.name: t for t in part}, config, sums, losses, snapshots, number)
-            done = sweep.run(batches, progress)
-            if number + 1 < len(passes):
-                snapshots.finish(done, number)
-        if number and done.terms != statistics.terms:
-            raise JactusError(
-                f"pass {number + 1} over the batches had {done.terms} loss terms and the passes before it {statistics.terms}: "
-                "they were other batches; give the same in every pass (no shuffling), or a greater memory_limit"
-            )
-        _append(statistics, done, to_cpu=len(passes) > 1)
-    snapshots.clear()
-    statistics.symmetrize_()
+    with Snapshots(resume, resume_every, config, sums, model) as snapshots:
+        for number, part in enumerate(passes):
+            done = snapshots.finished(number)
+            if done is None:
+                sweep = Sweep(model, {t.name: t for t in part}, config, sums, losses, snapshots, number)
+                done = sweep.run(batches, progress)
+                if number + 1 < len(passes):
+                    snapshots.finish(done, number)
+            if number and done.terms != statistics.terms:
+                raise JactusError(
+                    f"pass {number + 1} over the batches had {done.terms} loss terms and the passes before it {statistics.terms}: "
+                    "they were other batches; give the same in every pass (no shuffling), or a greater memory_limit"
+                )
+            _append(statistics, done, to_cpu=len(passes) > 1)
+        statistics.symmetrize_()
+        if save is not None:
+            statistics.save(save)
+        snapshots.clear()
     short = statistics.short_of_tokens()
     if short and (config.needs_input or config.needs_output):
         logger.warning(

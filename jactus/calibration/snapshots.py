@@ -1,9 +1,11 @@
 """Snapshots of a calibration run, so that one that was killed continues to the same result, or says it cannot."""
 
+import logging
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +15,31 @@ from torch import Tensor, nn
 from jactus_kernels import JactusError
 
 from ..checkpoints import storage
+from ..checkpoints.writing import alone, refusing, tidy
 from ..config import JactusConfig
 from ..model.targets import fingerprint
 from .statistics import Statistics
 from .summing import Summing
 
+logger = logging.getLogger("jactus")
 # The settings that decide what is summed; a snapshot made under others is another run.
 DECISIVE = ("target_modules", "exclude_modules", "metric", "union", "union_share")
 
 
+@dataclass
+class Part:
+    """Of one pass, beside its sums: batches that they hold, their digest, whether they are all, the loss of the run's first
+    examples, and how its terms are counted."""
+
+    batches: int
+    digest: str
+    complete: bool
+    loss: float | None
+    rule: dict[str, Any] | None
+
+
 class Snapshots:
-    """Reads and writes the snapshot file of one run; does nothing without a path.
+    """Reads and writes the snapshot file of one run, which is its alone inside `with`; does nothing without a path.
 
     A snapshot is made between batches only, so an interruption at any moment loses at most the work since the last one.
     """
@@ -47,11 +63,31 @@ class Snapshots:
             "weights": _fingerprints(model) if path is not None else {},
         }
         self.parts: dict[int, tuple[Statistics, dict]] = {}
-        if self.path is not None and self.path.exists():
-            self._load()
+        self.held = ExitStack()
 
-    def _load(self) -> None:
-        tensors, meta = storage.read(self.path, "calibration snapshot")  # type: ignore[arg-type]
+    def __enter__(self) -> "Snapshots":
+        if self.path is None:
+            return self
+        with ExitStack() as held, refusing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            held.enter_context(alone(self.path.with_name(f".{self.path.name}.run"), self.path))
+            tidy(self.path)
+            if self.path.exists():
+                self._load(self.path)
+            self.held = held.pop_all()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        self.held.close()
+        if kind is KeyboardInterrupt and self.path is not None and self.path.exists():
+            logger.warning("interrupted; the same call with resume=%r goes on from there", str(self.path))
+
+    def _load(self, path: Path) -> None:
+        tensors, meta = storage.read(path, "calibration snapshot")
+        with storage.parsed(path, "calibration snapshot"):
+            self._restore(tensors, meta)
+
+    def _restore(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
         for what, named in (("weights", "model (or a head fitted anew)"), ("config", "configuration")):
             if meta["identity"][what] != self.identity[what]:
                 raise JactusError(
@@ -61,7 +97,8 @@ class Snapshots:
         for key, part in meta["parts"].items():
             prefix = f"{key}/"
             own = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
-            self.parts[int(key)] = (Statistics.from_tensors(own, part["meta"]), part)
+            kept = storage.made(Part, {f.name: part.get(f.name) for f in fields(Part)})
+            self.parts[int(key)] = (Statistics.from_tensors(own, part["meta"]), vars(kept))
 
     def finished(self, number: int) -> Statistics | None:
         """The sums of pass `number` if the snapshot has it whole."""
