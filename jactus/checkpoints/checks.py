@@ -84,7 +84,7 @@ def roots(folder: Path) -> list[Path]:
 
 
 def check_claims(model: nn.Module, recorded: Collection[str], paths: list[str]) -> None:
-    """Raise JactusError where a weight file cannot be read, holds factors of a layer that is not among the `recorded` ones, or the
+    """Raise JactusError where a weight file cannot be read, the files hold factors of more layers than are `recorded`, or the
     low-rank layers of the empty `model` are of more numbers than the files hold: nothing is allocated for what is not there, nor
     made up for what is."""
     held, parts = 0, defaultdict[str, set[str]](set)
@@ -99,12 +99,13 @@ def check_claims(model: nn.Module, recorded: Collection[str], paths: list[str]) 
             raise JactusError(
                 f"{path} is truncated or corrupted ({e}); put the right one back, or save the model again"
             ) from e
-    for name, its in parts.items():
-        if any(pair <= its for pair in FACTORS) and name not in recorded:
-            raise JactusError(
-                f"{os.path.dirname(paths[0])}/config.json does not say that {name} is low-rank, of which the weight files hold factors: "
-                "they do not belong together; put the right ones back"
-            )
+    # counted, since some families have other names in their files
+    factored = [name for name, its in parts.items() if any(pair <= its for pair in FACTORS)]
+    if len(factored) > len(recorded):
+        raise JactusError(
+            f"{os.path.dirname(paths[0])}/config.json says of {len(recorded)} layers that they are low-rank, and the weight files hold "
+            f"factors of {len(factored)}, e.g. {factored[0]}: they do not belong together; put the right ones back"
+        )
     layers = compressed_layers(model)
     claimed = {name: sum(t.numel() for t in layer.state_dict().values()) for name, layer in layers.items()}
     if paths and sum(claimed.values()) > held:
