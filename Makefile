@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: demo demo-lm bench test slow lint clean package kernels-check gpu families
+.PHONY: demo demo-lm bench test slow lint clean package kernels-check gpu families soak
 
 $(VENV)/.ready: setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -34,6 +34,10 @@ slow: $(VENV)/.ready
 # An sdist, the wheel made from it, and the wheel in an environment of its own.
 package: $(VENV)/.ready
 	$(PY) -m pytest -m slow tests/test_package.py
+
+# SmolLM2-135M, killed a dozen times while it is calibrated and planned: the same bytes. A quarter of an hour on one core.
+soak: $(VENV)/.ready
+	$(PY) -m bench.soak
 
 lint: $(VENV)/.ready
 	$(PY) -m ruff check .

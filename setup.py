@@ -35,6 +35,7 @@ setup(
         "rich",
         "pyyaml",
         "huggingface_hub",
+        "filelock",  # huggingface_hub brings it along
         "xxhash",  # checkpoint digests at memory speed; sha256 would double the time of a load
     ],
     extras_require={
@@ -43,6 +44,7 @@ setup(
         "export": EXPORT,
         "ecosystem": ECOSYSTEM,  # what tests/test_ecosystem_*.py tries the package with
         "test": [
+            "hypothesis",
             "pytest",
             "pytest-benchmark",
             "pandas",
@@ -55,7 +57,7 @@ setup(
             *ECOSYSTEM,
         ],
         # PEFT's CorDA imports attrs without declaring it
-        "bench": ["peft", "attrs", "eigentune==0.2.0", "filelock", "gguf"],
+        "bench": ["peft", "attrs", "eigentune==0.2.0", "gguf"],
         "lint": ["ruff==0.17.6", "mypy==2.4.1"],
     },
 )

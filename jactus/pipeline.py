@@ -3,7 +3,7 @@
 import inspect
 import os
 from collections.abc import Iterable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -114,17 +114,20 @@ def _by_part(
     """`adapt` with no more in memory than the model, the sums of a part of its layers, and one layer's directions or factors."""
     refuse_absent(find_targets(model, config))
     whole = config.with_share(output_embedding(model) is not None)
-    snapshots = Snapshots(resume, resume_every, whole, sums, model, config.replace(budget=1.0).to_dict())
-    with TemporaryDirectory(prefix="jactus-") if snapshots.folder is None else nullcontext(snapshots.folder) as folder:
+    with ExitStack() as stack:
+        snapshots = stack.enter_context(
+            Snapshots(resume, resume_every, whole, sums, model, config.replace(budget=1.0).to_dict())
+        )
+        folder = snapshots.folder or stack.enter_context(TemporaryDirectory(prefix="jactus-"))
         shelf = Shelf(folder)
         parts = by_part(model, batches, config, sums, progress=progress, group=group, snapshots=snapshots, **options)
         compressed(model, _planned(model, parts, whole, shelf, resume, progress, group), shelf)
-    snapshots.clear()
+        snapshots.clear()
 
 
 def _planned(
     model: nn.Module,
-    parts: Iterable[tuple[Statistics, bool]],
+    parts: Iterable[tuple[Statistics, int, int]],
     config: JactusConfig,
     shelf: Shelf,
     resume: str | os.PathLike | None,
@@ -135,7 +138,7 @@ def _planned(
     targets = find_targets(model, config)
     times = times_of(targets, config, group)
     outputs: tuple[str, ...] = ()
-    for part, _ in parts:
+    for part, *_ in parts:
         outputs += part.outputs
         left = {name: targets[name] for name in part.layers if not shelf.has(name)}
         for name in part.forgotten.intersection(left):

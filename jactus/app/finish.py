@@ -5,6 +5,7 @@ import datetime
 import json
 import platform
 import shlex
+import shutil
 import time
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from ..report import Size, size
 from . import card, page, record, subject
 from .console import say
 from .fitting import Run, score, the_plan
+from .work import DONE
 
 BUDGETS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 POINTS = 60  # of a spectrum, as it is drawn
@@ -87,6 +89,15 @@ def finish(run: Run) -> record.Run:
         run.work.clear()
     say(f"all is in {output}: the model, README.md, report.html and {record.FILE}")
     return described
+
+
+def finished(output: Path, command: list[str]) -> record.Run | None:
+    """The run of that command where it was all done and stopped while it took its stages away, which is done now."""
+    if not (output / DONE).is_dir() or (found := record.Run.load(output)).command != shlex.join(command):
+        return None
+    shutil.rmtree(output / DONE)
+    say(f"all is in {output} already")
+    return found
 
 
 def swept(plan: Plan) -> list[record.Swept]:

@@ -5,9 +5,6 @@ A verb a stage goes as far as its name says. Each stage keeps its files in OUTPU
 
 import dataclasses
 import json
-import shlex
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -83,13 +80,8 @@ def told(settings: Settings) -> Data:
 
 def upto(run: Run, verb: str) -> None:
     """Go through the stages to the one of that name."""
-    for name, stage in (
-        ("head", head),
-        ("calibrate", calibrated),
-        ("plan", planned),
-        ("compress", compressed),
-        ("train", train),
-    ):
+    stages = {"head": head, "calibrate": calibrated, "plan": planned, "compress": compressed, "train": train}
+    for name, stage in stages.items():
         stage(run)
         if name == verb:
             return
@@ -121,10 +113,8 @@ def calibrated(run: Run) -> None:
     def make(folder: Path) -> dict[str, Any]:
         run.findings.said.clear()
         chosen = run.encoded.calibration(run.settings.calibration_rows)
-        sums = calibrate(
-            run.model, chosen, config, memory_limit=run.memory_limit, resume=folder / "snapshot.safetensors"
-        )
-        sums.save(folder / "statistics.safetensors")
+        snapshot, result = folder / "snapshot.safetensors", folder / "statistics.safetensors"
+        sums = calibrate(run.model, chosen, config, memory_limit=run.memory_limit, resume=snapshot, save=result)
         checks = [said for said in dict.fromkeys(run.findings.said) if not said.startswith("calibrating ")]
         return {"checks": checks, "tokens": max(sums.tokens.values())}
 
@@ -193,13 +183,3 @@ def score(run: Run, of: str, known: subject.Measured | None = None) -> dict[str,
 
 def _plain(value: Any) -> Any:
     return json.loads(json.dumps(asdict(value) if dataclasses.is_dataclass(value) else value))  # type: ignore[arg-type]
-
-
-@contextmanager
-def resumable(command: list[str]) -> Iterator[None]:
-    """Says how to go on after Ctrl-C."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        say(f"interrupted; the same command goes on from here:\n  {shlex.join(command)}")
-        raise

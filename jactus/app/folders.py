@@ -9,35 +9,44 @@ from transformers import PreTrainedModel
 
 from jactus_kernels import JactusError
 
-from ..checkpoints.checkpoint import WEIGHT_FILE
+from ..checkpoints.checks import roots
+from ..checkpoints.storage import parsed
+from ..checkpoints.writing import FOLDER_LOCK, WEIGHT_FILE, alone, atomic, complete, unfinished
 from ..planning.plans import Plan
 from ..report import describe_layers, size
+from .console import say
 from .record import FILE
 
 MADE = (FILE, "report.html", "README.md")  # of a run; of another form of its model they would say what is not so
 
 
 def load(folder: Path) -> PreTrainedModel:
-    """A checkpoint as the class its config names. Raises JactusError where transformers has no such class."""
-    try:
+    """A checkpoint as the class its config names. Raises JactusError where transformers has no such class, or it cannot be read."""
+    with parsed(folder, "checkpoint folder"):
+        if unfinished(folder):
+            with alone(folder / FOLDER_LOCK, folder):
+                complete(folder)
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise JactusError(f"{folder} is not a checkpoint folder: {e}") from e
-    name = (config.get("architectures") or [None])[0]
-    model_class = getattr(transformers, str(name), None)
-    if model_class is None:
-        raise JactusError(
-            f"{folder} is a {name}, a class of your own; load it with that class, and fold or merge in Python"
-        )
-    return model_class.from_pretrained(folder, dtype="auto")
+        name = (config.get("architectures") or [None])[0]
+        model_class = getattr(transformers, str(name), None)
+        if not isinstance(model_class, type) or not issubclass(model_class, PreTrainedModel):
+            raise JactusError(
+                f"{folder} is a {name}, a class of your own; load it with that class, and fold or merge in Python"
+            )
+        return model_class.from_pretrained(folder, dtype="auto")
 
 
 def copy_others(source: Path, target: Path) -> None:
-    """The files beside a checkpoint's own (tokenizer, image processor) that the target has not."""
+    """The files beside a checkpoint's own (tokenizer, image processor) that the target has not; none that only link elsewhere."""
     for file in source.iterdir():
         own = file.name.startswith(".") or file.name in MADE or WEIGHT_FILE.fullmatch(file.name)
-        if file.is_file() and not own and not (target / file.name).exists():
-            shutil.copy(file, target / file.name)
+        if not file.is_file() or own or (target / file.name).exists():
+            continue
+        if not any(root in file.resolve().parents for root in roots(source)):
+            say(f"note: {file} is a link to {file.resolve()}, outside the folder, and is not copied")
+            continue
+        with atomic(target / file.name, file.stat().st_size) as part:
+            shutil.copyfile(file, part)
 
 
 def described(path: Path, budget: float | None) -> str:

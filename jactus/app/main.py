@@ -3,6 +3,7 @@
 To add a verb: import its function and name it in `VERBS`.
 """
 
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -35,6 +36,7 @@ VERBS: tuple[Callable[..., Any], ...] = (
 )  # fmt: skip
 
 USAGE: Any = typer.BadParameter.__bases__[0]  # the error of usage, which typer does not export by name
+INTERRUPTED = 130  # which typer returns after Ctrl-C, too
 app = typer.Typer(
     name="jactus",
     help="Make a pretrained transformer smaller and adapt it to your task, in one step.",
@@ -60,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         status = app(args=words, prog_name="jactus", standalone_mode=False, obj=["jactus", *words])
-        return status if isinstance(status, int) else 0
+        return _interrupted(words) if status == INTERRUPTED else status if isinstance(status, int) else 0
     except JactusError as e:
         return _failed(str(e), 1)
     except (OSError, MemoryError, torch.OutOfMemoryError) as e:
@@ -71,7 +73,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except USAGE as e:
         return _failed(f"{e.format_message()} (jactus --help)", 2)
     except KeyboardInterrupt:
-        return 130
+        return _interrupted(words)
+
+
+def _interrupted(words: list[str]) -> int:
+    # of a run the stages that were done are in files, and of its training the last step
+    again = shlex.join(["jactus", *words])
+    print(f"jactus: interrupted; the same command goes on from here:\n  {again}", file=sys.stderr)
+    return INTERRUPTED
 
 
 def _failed(message: str, status: int) -> int:

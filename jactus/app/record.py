@@ -8,6 +8,8 @@ from typing import Any
 
 from jactus_kernels import JactusError
 
+from ..checkpoints import storage
+
 FILE = "jactus-run.json"
 FORMAT = 1
 
@@ -103,26 +105,22 @@ class Run:
 
     def save(self, folder: str | os.PathLike) -> None:
         """Write it into the folder, whole or not at all."""
-        path = Path(folder) / FILE
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n", encoding="utf-8")
-        part.replace(path)
+        with storage.atomic(Path(folder) / FILE) as part:
+            part.write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n", encoding="utf-8")
 
     @staticmethod
     def load(folder: str | os.PathLike) -> "Run":
         """Read it back. Raises JactusError where there is none, or it is not one."""
         path = Path(folder) / FILE
-        try:
+        if not path.is_file():
+            raise JactusError(f"{path} is not there; `jactus fit` writes one beside its model")
+        with storage.parsed(path, "record of a run"):
             read = json.loads(path.read_text(encoding="utf-8"))
             if read.pop("format") != FORMAT:
                 raise ValueError(f"of another format than {FORMAT}")
             for name, kind in PARTS.items():
-                read[name] = [kind(**each) for each in read[name]]
-            return Run(**{f.name: read[f.name] for f in fields(Run)})
-        except OSError as e:
-            raise JactusError(f"{path} cannot be read: {e.strerror}; `jactus fit` writes one beside its model") from e
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise JactusError(f"{path} is not the record of a run: {e!r}") from e
+                read[name] = [storage.made(kind, each) for each in read[name]]
+            return storage.made(Run, {f.name: read[f.name] for f in fields(Run)})
 
 
 PARTS: dict[str, type] = {

@@ -1,5 +1,6 @@
 """Training of what is to train, by transformers' Trainer: it can be stopped at any step, and goes on to the same result."""
 
+import json
 import signal
 import sys
 import threading
@@ -9,6 +10,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import (
     PreTrainedModel,
@@ -20,6 +22,10 @@ from transformers import (
     TrainingArguments,
 )
 
+from jactus_kernels import JactusError
+
+from ..checkpoints.quantizer import file_digest
+from ..checkpoints.writing import atomic
 from .console import say
 from .encoding import Encoded
 from .record import Point
@@ -62,7 +68,10 @@ class Keeper(TrainerCallback):
         self.began = time.monotonic()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
-        (Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        digests = {file.name: file_digest(file) for file in folder.iterdir() if file.name != COMPLETE}
+        with atomic(folder / COMPLETE) as part:
+            part.write_text(json.dumps(digests), encoding="utf-8")
         self.saved = time.monotonic()
         self.wait = max(LEAST, 20 * (self.saved - self.began))
 
@@ -130,6 +139,10 @@ def trained(
     before = signal.signal(signal.SIGINT, keeper.ask) if here else None
     try:
         trainer.train(resume_from_checkpoint=str(begun) if begun else None)
+    except (OSError, SafetensorError) as e:
+        raise JactusError(
+            f"could not write a checkpoint into {folder}: {e}; the same command goes on from the last one"
+        ) from e
     finally:
         if here:
             signal.signal(signal.SIGINT, before or signal.SIG_DFL)
@@ -144,9 +157,21 @@ def trained(
 
 
 def checkpoint(folder: Path) -> Path | None:
-    """The last checkpoint that was written to its end."""
-    whole = [each.parent for each in folder.glob(f"checkpoint-*/{COMPLETE}")]
-    return max(whole, key=lambda each: int(each.name.rpartition("-")[2]), default=None)
+    """The last checkpoint that was written to its end, and is as it was written."""
+    found = [each.parent for each in folder.glob(f"checkpoint-*/{COMPLETE}")]
+    for each in sorted(found, key=lambda each: int(each.name.rpartition("-")[2]), reverse=True):
+        if _is_whole(each):
+            return each
+        say(f"{each} is truncated or corrupted, and is left out")
+    return None
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        digests = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))
+        return bool(digests) and all(file_digest(folder / name) == digest for name, digest in digests.items())
+    except (OSError, ValueError, AttributeError, TypeError):
+        return False
 
 
 def _points(history: list[dict[str, Any]]) -> list[Point]:

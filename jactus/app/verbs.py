@@ -17,12 +17,12 @@ from .settings import RECIPES, Settings, recipes
 
 
 def _upto(verb: str, chosen: Settings, command: list[str]) -> Any:
-    """The run after the stage of that name; Ctrl-C says how to go on."""
+    """The run after the stage of that name."""
     from . import fitting
 
     with quiet() as findings:
         run = fitting.begun(chosen, command, findings)
-        with fitting.resumable(command):
+        with run.work.held():
             fitting.upto(run, verb)
     return run
 
@@ -33,10 +33,12 @@ def fit(chosen: Settings, command: list[str], as_json: bool) -> None:
     from . import finish, fitting
 
     with quiet() as findings:
-        run = fitting.begun(chosen, command, findings)
-        with fitting.resumable(command):
-            fitting.upto(run, "train")
-            described = finish.finish(run)
+        described = finish.finished(Path(chosen.output), command)
+        if described is None:
+            run = fitting.begun(chosen, command, findings)
+            with run.work.held():
+                fitting.upto(run, "train")
+                described = finish.finish(run)
     if as_json:
         print(json.dumps({"output": chosen.output, **asdict(described)}, indent=1))
         return

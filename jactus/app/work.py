@@ -1,19 +1,24 @@
 """The files of a run's stages, so that the same command goes on where it stopped, and a changed setting redoes what depends on
 it and nothing else."""
 
+import contextlib
 import json
+import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from jactus_kernels import JactusError
 
 from ..checkpoints import storage
+from ..checkpoints.writing import FOLDER_LOCK, alone, refusing
 from .console import say
 
-FOLDER = ".work"
+FOLDER, DONE = ".work", ".work-done"
+LOCK = ".jactus-run.lock"
 
 
 class Work:
@@ -36,7 +41,9 @@ class Work:
             told = "; ".join(f"{key} was {_short(before.get(key))}, is {_short(of.get(key))}" for key in changed[:3])
             say(f"{name}: done again, since {told}")
         if before != of:
-            shutil.rmtree(folder, ignore_errors=True)
+            if folder.exists():
+                (folder / "of.json").unlink(missing_ok=True)  # first: what a kill leaves is no stage's
+                shutil.rmtree(folder)
             folder.mkdir(parents=True)
             _write(folder / "of.json", of)
         found = _read(folder / "done.json")
@@ -45,7 +52,10 @@ class Work:
             try:
                 found = make(folder)
             except BaseException:
-                _write(folder / "spent.json", self._spent(folder) + time.perf_counter() - started)
+                with contextlib.suppress(
+                    JactusError
+                ):  # a full disk was to be told of, and not that it has no room for this
+                    _write(folder / "spent.json", self._spent(folder) + time.perf_counter() - started)
                 raise
             found["seconds"] = self._spent(folder) + time.perf_counter() - started
             _write(folder / "done.json", found)
@@ -58,18 +68,33 @@ class Work:
         """Seconds of attempts that were interrupted, but by a kill."""
         return _read(folder / "spent.json") or 0.0
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """No other run writes here meanwhile. Raises JactusError where one does, or has finished here."""
+        with ExitStack() as held:
+            with refusing(self.output):
+                self.output.mkdir(parents=True, exist_ok=True)
+                held.enter_context(alone(self.output / LOCK, self.output))
+                check_output(self.output)
+                self.folder.mkdir(exist_ok=True)
+            yield
+
     def clear(self) -> None:
-        """Take the folder away."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Take the folder away, under another name first: what a kill leaves of it is no run's that can go on."""
+        os.replace(self.folder, self.output / DONE)
+        shutil.rmtree(self.output / DONE, ignore_errors=True)
 
 
 def check_output(output: Path) -> None:
     """Raise JactusError where the folder holds what is not of a run that can go on."""
     if output.exists() and not output.is_dir():
         raise JactusError(f"{output} is a file; --output is a folder to write")
-    if output.is_dir() and any(output.iterdir()) and not (output / FOLDER).is_dir():
-        held = "a finished run" if (output / "jactus-run.json").exists() else next(output.iterdir()).name
-        raise JactusError(f"{output} holds {held}; choose another --output, or take it away")
+    if not output.is_dir() or (output / FOLDER).is_dir():
+        return
+    held = [file.name for file in output.iterdir() if file.name not in (LOCK, FOLDER_LOCK)]
+    if held:
+        what = "a finished run" if "jactus-run.json" in held else held[0]
+        raise JactusError(f"{output} holds {what}; choose another --output, or take it away")
 
 
 def _flat(values: dict[str, Any], above: str = "") -> dict[str, Any]:

@@ -35,6 +35,8 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
 @contextmanager
 def frozen_eval(model: nn.Module) -> Iterator[None]:
     """No dropout, no parameter gradients, no checkpointing (which runs layers twice); all put back at the end."""
+    config = getattr(model, "config", None)
+    guessed = getattr(config, "problem_type", None)  # transformers writes there what the first labels look like
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     with in_mode(model, False):
         try:
@@ -42,6 +44,8 @@ def frozen_eval(model: nn.Module) -> Iterator[None]:
             yield
         finally:
             _require(model, trainable, True)
+            if getattr(config, "problem_type", None) != guessed:
+                config.problem_type = guessed  # type: ignore[union-attr]
 
 
 def _require(model: nn.Module, names: set[str], gradients: bool) -> None:

@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from jactus_kernels import JactusError
 from ..config import JactusConfig
 from ..model.families import output_embedding
 from ..model.targets import Target, find_targets, refuse_absent
-from .distributed import Group, agree, all_reduce_, first_of, own_file, refuse_unready
+from .distributed import Group, agree, all_reduce_, first_of, meet, own_file, refuse_unready
 from .losses import Loss, LossSum
 from .modes import refuse_inference
 from .sides import sides
@@ -37,6 +38,7 @@ def calibrate(
     loss_scale: float = 1.0,
     resume: str | os.PathLike | None = None,
     resume_every: float = 60.0,
+    save: str | os.PathLike | None = None,
     verify: bool = True,
     progress: bool = True,
     group: Group = None,
@@ -53,7 +55,8 @@ def calibrate(
     loss_scale: the loss is multiplied by it before backward, and the gradients divided by it.
     resume: a file for snapshots, written every `resume_every` seconds and removed at the end, with a file beside it for each
         finished pass. If it exists, the run continues from it to the same result; batches must come in the same order (they are
-        checked).
+        checked). One run at a time.
+    save: a file to write the result to, before the snapshot goes: then no kill and no full disk costs more than `resume_every`.
     verify: look into the first batch (and the first with padding), at the price of a few examples' time: what the loss sums or
         averages, which rows are tokens, that layers are used by their forward. False goes by names and shapes.
     group: a process group of torch.distributed (`torch.distributed.group.WORLD`), each rank of which is given its own shard of the
@@ -69,8 +72,13 @@ def calibrate(
         model, batches, config, Summing.checked(statistics_dtype, statistics_device, loss_scale, memory_limit),
         loss=loss, resume=resume, resume_every=resume_every, verify=verify, progress=progress, group=group,
     )  # fmt: skip
-    for part, of_several in parts:
-        _append(statistics, part, to_cpu=of_several)
+    for part, number, count in parts:
+        _append(statistics, part, to_cpu=count > 1)
+        if save is not None and number + 1 == count:
+            if first_of(group):
+                statistics.save(save)
+            if group is not None:
+                meet(group, "calibrate", "saved")
     return statistics
 
 
@@ -87,8 +95,8 @@ def by_part(
     progress: bool = True,
     group: Group = None,
     snapshots: Snapshots | None = None,
-) -> Iterator[tuple[Statistics, bool]]:
-    """The sums of a part of the layers after the other, complete, as many layers as fit in the limit; and whether there are several.
+) -> Iterator[tuple[Statistics, int, int]]:
+    """The sums of a part of the layers after the other, complete, as many layers as fit in the limit; its number, and how many there are.
 
     snapshots: of a caller who plans each part before he asks for the next; its sums are then let go, and the snapshot is his to
     clear. A part that is planned already comes without sums, all of it `forgotten`. Raises JactusError as `calibrate`.
@@ -114,33 +122,34 @@ def by_part(
     bytes_needed = max(sum(sum_bytes(t, config, sums) for t in part) for part in passes)
     logger.info("calibrating %d layers, sums of at most %.1f MB at a time", len(targets), bytes_needed / 1e6)
     planning = snapshots is not None
-    snapshots = snapshots or Snapshots(own_file(resume), resume_every, config, sums, model)
     losses = LossSum(model, loss, verify)
     terms: int | None = None
     short: dict[str, int] = {}
-    for number, part in enumerate(passes):
-        done = snapshots.finished(number)
-        if done is None:
-            sweep = Sweep(model, {t.name: t for t in part}, config, sums, losses, snapshots, number)
-            done = sweep.run(batches, progress, may_be_empty=group is not None)
-            del sweep
-            if done.layers and (planning or number + 1 < len(passes) or group is not None):
-                snapshots.finish(done, number)
-        done.symmetrize_()
-        if group is not None:
-            all_reduce_(done, group)
-        if terms not in (None, done.terms):
-            raise JactusError(
-                f"pass {number + 1} over the batches had {done.terms} loss terms and the passes before it {terms}: "
-                "they were other batches; give the same in every pass (no shuffling), or a greater memory_limit"
-            )
-        terms = done.terms
-        short |= {name: done.layer_tokens(name) for name in done.short_of_tokens()}
-        yield done, len(passes) > 1
-        if planning:
-            snapshots.planned(number)
-    if not planning:
-        snapshots.clear()
+    own = nullcontext(snapshots) if snapshots else Snapshots(own_file(resume), resume_every, config, sums, model)
+    with own as kept:
+        for number, part in enumerate(passes):
+            done = kept.finished(number)
+            if done is None:
+                sweep = Sweep(model, {t.name: t for t in part}, config, sums, losses, kept, number)
+                done = sweep.run(batches, progress, may_be_empty=group is not None)
+                del sweep
+                if done.layers and (planning or number + 1 < len(passes) or group is not None):
+                    kept.finish(done, number)
+            done.symmetrize_()
+            if group is not None:
+                all_reduce_(done, group)
+            if terms not in (None, done.terms):
+                raise JactusError(
+                    f"pass {number + 1} over the batches had {done.terms} loss terms and the passes before it {terms}: "
+                    "they were other batches; give the same in every pass (no shuffling), or a greater memory_limit"
+                )
+            terms = done.terms
+            short |= {name: done.layer_tokens(name) for name in done.short_of_tokens()}
+            yield done, number, len(passes)
+            if planning:
+                kept.planned(number)
+        if not planning:
+            kept.clear()
     if short and (config.needs_input or config.needs_output):
         logger.warning(
             "%d of %d layers saw fewer tokens than the 4n advised (pass more batches), e.g. %s: %d of %d",

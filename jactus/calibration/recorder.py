@@ -304,5 +304,6 @@ def _rows(x: Tensor, places: Tensor | None, device: torch.device) -> Tensor:
 
 
 def _squares(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Σ|x|² () of rows x (T, d), each |x|² made in `dtype`."""
-    return torch.linalg.vector_norm(x, dim=-1, dtype=dtype).square().sum()
+    """Σ|x|² () of rows x (T, d), each |x|² made in `dtype`, or in x's own where that is wider."""
+    wide = torch.promote_types(x.dtype, dtype)
+    return torch.linalg.vector_norm(x, dim=-1, dtype=wide).square().sum().to(dtype)

@@ -1,11 +1,13 @@
 """Snapshots of a calibration run, so that one that was killed continues to the same result, or says it cannot."""
 
 import json
+import logging
 import os
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from jactus_kernels import JactusError
 
 from ..checkpoints import storage
+from ..checkpoints.writing import alone, refusing, tidy
 from ..config import JactusConfig
 from ..model import offload
 from ..model.targets import fingerprint
@@ -22,12 +25,28 @@ from .statistics import Statistics
 from .summing import Summing
 
 KIND = "calibration snapshot"
+logger = logging.getLogger("jactus")
 # The settings that decide what is summed; a snapshot made under others is another run.
 DECISIVE = ("target_modules", "exclude_modules", "metric", "union", "union_share")
 
 
+@dataclass
+class Part:
+    """Of one pass, beside its sums: batches that they hold, their digest, whether they are all, the loss of the run's first
+    examples, how its terms are counted, what the sums are of, whether they have a file of their own, and whether its layers are planned."""
+
+    batches: int
+    digest: str
+    complete: bool
+    loss: float | None
+    rule: dict[str, Any] | None
+    meta: dict[str, Any]
+    apart: bool | None = None
+    planned: bool | None = None
+
+
 class Snapshots:
-    """Reads and writes the snapshot of one run; does nothing without a path.
+    """Reads and writes the snapshot of one run, which is its alone inside `with`; does nothing without a path.
 
     The file has the sums of the pass that runs, and says which are finished: of these each has a file of its own beside it,
     written once, which goes when its layers are planned. A snapshot is made between batches only, so an interruption at any
@@ -59,24 +78,45 @@ class Snapshots:
         }
         self.parts: dict[int, dict[str, Any]] = {}
         self.held: dict[int, Statistics] = {}  # the sums that are in the file itself
-        if self.path is not None and self.path.exists():
-            self._load()
-        else:
-            self.clear()  # of another run, whose snapshot somebody deleted
+        self.locks = ExitStack()
 
-    def _load(self) -> None:
-        tensors, meta = storage.read(self.path, KIND)  # type: ignore[arg-type]
+    def __enter__(self) -> "Snapshots":
+        if self.path is None:
+            return self
+        with ExitStack() as locks, refusing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            locks.enter_context(alone(self.path.with_name(f".{self.path.name}.run"), self.path))
+            tidy(self.path)
+            if self.path.exists():
+                self._load(self.path)
+            else:
+                self.clear()  # of another run, whose snapshot somebody deleted
+            self.locks = locks.pop_all()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        self.locks.close()
+        if kind is KeyboardInterrupt and self.path is not None and self.path.exists():
+            logger.warning("interrupted; the same call with resume=%r goes on from there", str(self.path))
+
+    def _load(self, path: Path) -> None:
+        tensors, meta = storage.read(path, KIND)
+        with storage.parsed(path, KIND):
+            self._restore(tensors, meta)
+
+    def _restore(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
         for what, named in (("weights", "model (or a head fitted anew)"), ("config", "configuration")):
             if meta["identity"][what] != self.identity[what]:
                 raise JactusError(
                     f"{self.path} is a snapshot of a run with another {named}; resume with the same, or delete the file to "
                     "start again"
                 )
-        self.parts = {int(key): part for key, part in meta["parts"].items()}
-        for key, part in self.parts.items():
-            if not part.get("apart"):
+        for key, part in meta["parts"].items():
+            known = storage.made(Part, {f.name: part.get(f.name) for f in fields(Part)})
+            self.parts[int(key)] = vars(known)
+            if not known.apart:
                 own = {k.removeprefix(f"{key}/"): t for k, t in tensors.items() if k.startswith(f"{key}/")}
-                self.held[key] = Statistics.from_tensors(own, part["meta"])
+                self.held[int(key)] = Statistics.from_tensors(own, known.meta)
 
     def finished(self, number: int) -> Statistics | None:
         """The sums of pass `number` if the snapshot has it whole; without the sums where its layers are planned."""
@@ -90,7 +130,9 @@ class Snapshots:
             return known
         if number in self.held:
             return self.held[number]
-        return Statistics.from_tensors(*storage.read(self._apart(number), KIND))
+        tensors, meta = storage.read(self._apart(number), KIND)
+        with storage.parsed(self._apart(number), KIND):
+            return Statistics.from_tensors(tensors, meta)
 
     def started(self, number: int) -> tuple[Statistics, int]:
         """The sums to go on with in pass `number`, and how many batches they hold already."""

@@ -192,7 +192,9 @@ class Statistics:
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Statistics":
         """Read what `save` wrote. Raises JactusError for a missing, truncated, corrupted or newer file."""
-        return cls.from_tensors(*storage.read(path, "statistics")).symmetrize_()
+        tensors, meta = storage.read(path, "statistics")
+        with storage.parsed(path, "statistics"):
+            return cls.from_tensors(tensors, meta).symmetrize_()
 
     def to_tensors(self) -> tuple[dict[str, Tensor | storage.Triangle], dict]:
         tensors: dict[str, Tensor | storage.Triangle] = {
@@ -215,20 +217,24 @@ class Statistics:
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], meta: dict) -> "Statistics":
+        """The inverse of `to_tensors`. Raises what `storage.parsed` takes for a file that is not what it says."""
         config = meta.get("config")
-        self = cls(
-            terms=meta["terms"],
-            tokens=meta["tokens"],
-            config=None if config is None else JactusConfig.from_dict(config),
-            outputs=tuple(meta.get("outputs", ())),
-        )
+        counts = {"terms": meta["terms"], "tokens": meta["tokens"], "outputs": tuple(meta.get("outputs", ()))}
+        self = storage.made(cls, counts)
+        self.config = None if config is None else JactusConfig.from_dict(config)
         for name, kept in meta["layers"].items():
-            layer = self.layers[name] = LayerStatistics(**kept)
+            layer = self.layers[name] = storage.made(LayerStatistics, kept)
             for kind, filed in FILED.items():
                 if (S := tensors.get(f"{filed}/{name}")) is not None:
                     setattr(layer, kind, storage.unpack(S, getattr(layer, TRIANGLES[kind])) if kind in TRIANGLES else S)
             if f"input/{name}" in tensors:
                 self.input_sums[name] = storage.unpack(tensors[f"input/{name}"], layer.n)
+        for name, layer in self.layers.items():
+            self.layer_tokens(name)
+            shapes = {"gradient_sum": (layer.m, layer.n), "input_trace": (), "output_trace": ()}
+            for kind, S in layer.sums().items():
+                if not S.is_floating_point() or S.shape != shapes.get(kind, S.shape):
+                    raise ValueError(f"{kind} of {name} ({layer.m}×{layer.n}) is {tuple(S.shape)} of {S.dtype}")
         return self
 
 

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from jactus_kernels import JactusError
 
+from ..checkpoints import storage
 from ..config import JactusConfig
 from ..model.offload import first_device, light_graph
 from ..model.targets import Target
@@ -48,7 +49,8 @@ class Sweep:
         self.recorder = Recorder(targets, config, sums, self.statistics, self.tokens)
         self.cache = DecoderCache(model)
         if (rule := snapshots.rule()) is not None:
-            losses.terms.restore(rule)
+            with storage.parsed(str(snapshots.path), "calibration snapshot"):
+                losses.terms.restore(rule)
 
     def run(self, batches: Iterable[Any], progress: bool, may_be_empty: bool = False) -> Statistics:
         """Raises JactusError as `calibrate`. may_be_empty: no batch at all gives no sums, and is no error."""

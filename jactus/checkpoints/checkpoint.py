@@ -3,15 +3,11 @@
 import json
 import logging
 import os
-import re
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -25,10 +21,9 @@ from ..model.targets import fingerprint
 from . import storage
 from .quantizer import file_digest, names, own_name, record
 from .reload import check_files
+from .writing import together
 
 logger = logging.getLogger("jactus")
-# What transformers calls its weight files; anything else in a directory is the user's.
-WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
 def save_pretrained(model: PreTrainedModel, directory: str | os.PathLike, **kwargs) -> None:
@@ -55,31 +50,11 @@ def save_pretrained(model: PreTrainedModel, directory: str | os.PathLike, **kwar
     state = state_dict(model) if state is None else state
     directory = Path(directory)
     record(model)
-    partial = None
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=".saving-", dir=directory))
-        model.save_pretrained(partial, state_dict=_with_tripwires(model, state), **kwargs)
+    state = _with_tripwires(model, state)
+    with together(directory, sum(t.nbytes for t in state.values())) as partial:
+        model.save_pretrained(partial, state_dict=state, **kwargs)
         check_files(model, partial)
         _add_digests(partial)
-        for file in partial.iterdir():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
-        written = {file.name for file in partial.iterdir()}
-        # Weights first: until config.json comes, a reader sees the old digests and says so.
-        for file in sorted(partial.iterdir(), key=lambda f: f.name == "config.json"):
-            os.replace(file, directory / file.name)
-        for stale in directory.iterdir():
-            if WEIGHT_FILE.fullmatch(stale.name) and stale.name not in written:
-                stale.unlink()
-    except (OSError, SafetensorError) as e:
-        raise JactusError(
-            f"could not save to {directory}: {e}; an older checkpoint there is untouched: free some space or choose "
-            "another directory"
-        ) from e
-    finally:
-        if partial is not None:
-            shutil.rmtree(partial, ignore_errors=True)
 
 
 def _with_tripwires(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -135,10 +110,12 @@ def put_task(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
 
 def read_cores(model: nn.Module, path: str | os.PathLike) -> dict[str, torch.Tensor]:
     """What `save_cores` wrote, by name, once it is sure to fit the model. Raises JactusError as `load_cores` does."""
-    tensors, meta = storage.read(path, "cores")
     bases = _bases(model)
-    for name in sorted(set(bases) | set(meta["bases"])):
-        if bases.get(name) != meta["bases"].get(name):
+    tensors, meta = storage.read(path, "cores")
+    with storage.parsed(path, "cores"):
+        held = {**meta["bases"]}
+    for name in sorted(set(bases) | set(held)):
+        if bases.get(name) != held.get(name):
             raise JactusError(
                 f"{path} does not fit: its cores belong to other bases than this model has in {name}; load it into the "
                 "model it was saved from, or one compressed with the same plan"
@@ -150,9 +127,12 @@ def read_cores(model: nn.Module, path: str | os.PathLike) -> dict[str, torch.Ten
             path, next(iter(_state(model))),
         )  # fmt: skip
     for name, tensor in tensors.items():
-        if name not in parameters or parameters[name].shape != tensor.shape:
-            there = tuple(parameters[name].shape) if name in parameters else "nothing"
-            raise JactusError(f"{path} does not fit: {name} is {tuple(tensor.shape)} there and {there} in this model")
+        mine = parameters.get(name)
+        if mine is None or mine.shape != tensor.shape or mine.is_floating_point() != tensor.is_floating_point():
+            there = "nothing" if mine is None else f"{tuple(mine.shape)} of {mine.dtype}"
+            raise JactusError(
+                f"{path} does not fit: {name} is {tuple(tensor.shape)} of {tensor.dtype} there and {there} in this model"
+            )
     missing = sorted((_task_names(model) | (set(_state(model)) if "state" in meta else set())) - set(tensors))
     if missing:
         raise JactusError(

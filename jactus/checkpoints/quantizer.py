@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ from jactus_kernels import JactusError
 from ..model.lowrank import CoreLinear, FoldedLinear, LowRankLinear, compressed_layers, replace_module
 from ..model.pivots import is_order
 from ..model.targets import looks_linear
+from .checks import check_claims, check_places, check_record
+from .writing import unfinished
 
 logger = logging.getLogger("jactus")
 METHOD = "jactus"
@@ -47,10 +50,10 @@ class JactusQuantizationConfig(QuantizationConfigMixin):
         format: int = FORMAT,
         **unknown: Any,
     ) -> None:
-        if format > FORMAT:
+        if not isinstance(format, int) or format > FORMAT:
             raise JactusError(f"the checkpoint has format {format}, newer than {FORMAT}: upgrade jactus-kernels")
         self.quant_method = METHOD  # type: ignore[assignment]
-        self.layers, self.trainable, self.format = layers or {}, trainable or [], format
+        self.layers, self.trainable, self.format = layers or {}, trainable or [], format  # checked when they are used
         if files:
             self.files = files
 
@@ -137,9 +140,14 @@ class JactusQuantizer(HfQuantizer):
     quantization_config: JactusQuantizationConfig
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        self._check_files(kwargs.get("checkpoint_files") or [])
+        paths = kwargs.get("checkpoint_files") or []
+        folder = str(getattr(model.config, "name_or_path", "") or "")
+        check_record(self.quantization_config, folder)
+        check_places(paths, folder)
+        self._check_files(paths)
         saved = getattr(model.config, "architectures", None) or []
         put(model, self.quantization_config.layers, partly=type(model).__name__ not in saved)
+        check_claims(model, self.quantization_config.layers, paths)
         tripwires = "|".join(re.escape(name) for name in compressed_layers(model))
         model._keys_to_ignore_on_load_unexpected |= {rf"^({tripwires})\.weight$"}
 
@@ -149,8 +157,10 @@ class JactusQuantizer(HfQuantizer):
         for path in paths:
             name = os.path.basename(path)
             if digests and digests.get(name) != file_digest(path):
+                left = unfinished(Path(path).parent)
                 raise JactusError(
                     f"{path} is truncated, corrupted or of another checkpoint: it does not match the digest in config.json"
+                    + (f"; {left}" if left else "")
                 )
         if digests:
             del self.quantization_config.files  # they describe the files just read, not what is saved next

@@ -2,21 +2,24 @@
 
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_type_hints
 
 import numpy as np
 import torch
 import xxhash
+from huggingface_hub.dataclasses import type_validator
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from jactus_kernels import JactusError
 
+from .writing import atomic
+
+Kind = TypeVar("Kind")
 FORMAT = 1
 NAMED = {  # what safetensors calls the dtypes that are written
     torch.float64: "F64",
@@ -30,6 +33,11 @@ NAMED = {  # what safetensors calls the dtypes that are written
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+# What reading of a file that is not what it says ends in.
+WRONG = (
+    SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError,
+    RuntimeError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -59,9 +67,8 @@ def write(path: str | os.PathLike, kind: str, tensors: Mapping[str, Tensor | Tri
     """
     path = Path(path)
     own = {"kind": kind, "format": FORMAT, "digest": digest(tensors, meta), "meta": meta}
-    order = sorted(
-        tensors, key=lambda name: (-tensors[name].dtype.itemsize, name)
-    )  # so that each lies where its dtype may
+    # the widest first, so that each lies where its dtype may
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     described: dict[str, Any] = {"__metadata__": {"jactus": json.dumps(own)}}
     end = 0
     for name in order:
@@ -70,32 +77,10 @@ def write(path: str | os.PathLike, kind: str, tensors: Mapping[str, Tensor | Tri
         described[name] = {"dtype": NAMED[t.dtype], "shape": list(t.shape), "data_offsets": [start, end]}
     header = json.dumps(described).encode()
     header += b" " * (-len(header) % 8)
-    with atomic(path) as partial, partial.open("wb") as file:
+    with atomic(path, 8 + len(header) + end) as partial, partial.open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
         for name in order:
             file.write(_bytes(tensors[name].detach()).data)
-
-
-@contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path` which takes its place, durably, only when the block succeeds."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        os.close(handle)
-        partial = Path(name)
-        try:
-            yield partial
-            with partial.open("rb") as file:
-                os.fsync(file.fileno())
-            os.chmod(partial, 0o644)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
-    except (OSError, SafetensorError) as e:
-        raise JactusError(
-            f"could not write {path}: {e}; what was there before is untouched: free some space or choose another path"
-        ) from e
 
 
 def read(path: str | os.PathLike, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -106,7 +91,7 @@ def read(path: str | os.PathLike, kind: str) -> tuple[dict[str, Tensor], dict[st
     path = Path(path)
     if not path.is_file():
         raise JactusError(f"{path} is not a file; a jactus {kind} file was expected")
-    try:
+    with parsed(path, kind):
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("jactus", "null"))
             if header is None or header["kind"] != kind:
@@ -117,12 +102,10 @@ def read(path: str | os.PathLike, kind: str) -> tuple[dict[str, Tensor], dict[st
                     f"{path} has format {header['format']}, newer than {FORMAT}: upgrade jactus-kernels to read it"
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, KeyError) as e:
-        if isinstance(e, JactusError):
-            raise
-        raise JactusError(f"{path} is truncated or corrupted ({e}); make it again") from e
-    if digest(tensors, header["meta"]) != header["digest"]:
-        raise JactusError(f"{path} is corrupted: its contents do not match their digest; make it again")
+        if digest(tensors, header["meta"]) != header["digest"]:
+            raise JactusError(f"{path} is corrupted: its contents do not match their digest; make it again")
+        if not isinstance(header["meta"], dict):
+            raise TypeError("its header holds no settings")
     return tensors, header["meta"]
 
 
@@ -136,6 +119,33 @@ def mapped(path: str | os.PathLike, *names: str) -> list[Tensor]:
             return [file.get_tensor(name) for name in names]
     except (SafetensorError, OSError) as e:
         raise JactusError(f"{path} was there before and cannot be read now ({e}); begin again") from e
+
+
+@contextmanager
+def parsed(path: str | os.PathLike, kind: str) -> Iterator[None]:
+    """What is read from `path` inside the block is right, or JactusError names the file."""
+    try:
+        yield
+    except JactusError as e:
+        if str(path) in str(e):
+            raise
+        raise JactusError(f"{path} is a {kind} file that cannot be used: {e}") from e
+    except WRONG as e:
+        what = f"{type(e).__name__}: {e}" if isinstance(e, KeyError | RecursionError) else e
+        raise JactusError(f"{path} is truncated or corrupted ({what}); make it again") from e
+
+
+def made(kind: type[Kind], values: Any) -> Kind:
+    """The data class `kind` of `values` by name, as JSON has them, if each is of the type that its field says.
+
+    Raises TypeError and ValueError naming what is not.
+    """
+    hints, given = get_type_hints(kind), dict(values)
+    for name in given.keys() & hints.keys():
+        if hints[name] is float and type(given[name]) is int:
+            given[name] = float(given[name])
+        type_validator(f"{kind.__name__}.{name}", given[name], hints[name])
+    return kind(**given)
 
 
 def digest(tensors: Mapping[str, Tensor | Triangle], meta: dict[str, Any]) -> str:
@@ -165,7 +175,9 @@ def pack(S: Tensor) -> Tensor:
 
 
 def unpack(packed: Tensor, n: int) -> Tensor:
-    """The inverse of `pack`; the strict upper triangle is zero."""
+    """The inverse of `pack`; the strict upper triangle is zero. Raises ValueError where it is another size's."""
+    if packed.shape != (n * (n + 1) // 2,):
+        raise ValueError(f"a triangle of {n} rows has {n * (n + 1) // 2} numbers, not {tuple(packed.shape)}")
     S = packed.new_zeros(n, n)
     for i, row in enumerate(packed.split(list(range(1, n + 1)))):
         S[i, : i + 1] = row

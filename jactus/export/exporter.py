@@ -4,8 +4,7 @@ import copy
 import importlib.util
 import os
 import shutil
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from transformers import PreTrainedModel
 from jactus_kernels import JactusError
 
 from ..checkpoints.checkpoint import save_pretrained
+from ..checkpoints.writing import atomic, together
 from ..compression.surgery import fold, merge
 from ..model.lowrank import compressed_layers, core_layers
 from . import graphs, load_model
@@ -113,7 +113,8 @@ def export_model(
     folded = fold(copy.deepcopy(model)) if core_layers(model) else model
     if to == "torch":
         save_pretrained(folded, directory)  # type: ignore[arg-type]
-        shutil.copyfile(load_model.__file__, directory / "load_model.py")
+        with atomic(directory / "load_model.py") as partial:
+            shutil.copyfile(load_model.__file__, partial)
         return directory
     if any(p.device.type != "cpu" for p in folded.parameters()):  # elsewhere layers are operators of jactus
         folded = (folded if folded is not model else copy.deepcopy(model)).cpu()
@@ -122,23 +123,9 @@ def export_model(
         name: t if len(t) > 1 else t.expand(2, *t.shape[1:]) for name, t in found.items()
     }  # one would be fixed at one
     name, write = {"onnx": ("model.onnx", graphs.write_onnx), "torch.export": ("model.pt2", graphs.write_program)}[to]
-    _write_beside(directory, lambda partial: write(folded, found, partial / name))
+    with together(directory) as partial:
+        write(folded, found, partial / name)
     return directory / name
-
-
-def _write_beside(directory: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a folder inside `directory`, and move its files up when it has succeeded."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=".exporting-", dir=directory))
-        try:
-            write(partial)
-            for file in partial.iterdir():
-                os.replace(file, directory / file.name)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    except OSError as e:
-        raise JactusError(f"could not write to {directory}: {e}; free some space or choose another directory") from e
 
 
 def _list(things) -> str:

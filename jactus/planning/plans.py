@@ -236,6 +236,11 @@ class Plan:
     def load(cls, path: str | os.PathLike) -> "Plan":
         """Read what `save` wrote. Raises JactusError for a missing, truncated, corrupted or newer file."""
         tensors, meta = storage.read(path, "plan")
+        with storage.parsed(path, "plan"):
+            return cls._from_tensors(tensors, meta)
+
+    @classmethod
+    def _from_tensors(cls, tensors: dict[str, Tensor], meta: dict[str, Any]) -> "Plan":
         layers = {}
         for name, kept in meta["layers"].items():
             of = {key.split("/", 1)[0]: t for key, t in tensors.items() if key.split("/", 1)[1] == name}
@@ -244,14 +249,34 @@ class Plan:
             kept |= {"scales": tuple(kept["scales"]), "sizes": (*kept["sizes"], kept["sizes"][0])[:3]}
             kept.pop("beyond", None)  # 0.1.0: of the longer side at full rank, which has no task directions any more
             if times := kept.pop("times", None):  # plans of before there were any have none
-                kept["times"] = Times(times["dense"], tuple(times["ranks"]), tuple(times["folded"]))
-            layers[name] = PlannedLayer(name, directions=Directions(left, right, of["sigma"], of["task_core"]), **kept)
+                times = {key: tuple(value) if isinstance(value, list) else value for key, value in times.items()}
+                kept["times"] = storage.made(Times, times)
+            found = Directions(left, right, of["sigma"], of["task_core"])
+            layers[name] = storage.made(PlannedLayer, {"name": name, "directions": found, **kept})
+            _refuse_misshapen(layers[name])
         config = JactusConfig.from_dict(meta["config"])
-        of_language, outputs = meta.get("of_language", False), tuple(meta.get("outputs", ()))
-        return with_ranks(cls(layers, config, {}, meta["other_parameters"], of_language, outputs))
+        counts = {"other_parameters": meta["other_parameters"], "of_language": meta.get("of_language", False)}
+        made = storage.made(
+            cls, {**counts, "outputs": tuple(meta.get("outputs", ())), "layers": layers, "config": config, "ranks": {}}
+        )
+        return with_ranks(made)
 
     def __str__(self) -> str:
         return _table(self)
+
+
+def _refuse_misshapen(layer: PlannedLayer) -> None:
+    """Raise ValueError where tensors of a file are not of the layer's shape: nothing is to be made as large as it only says."""
+    m, n, d = layer.m, layer.n, layer.directions
+    wanted: dict[str, tuple[int, ...]] = {"sigma": (min(m, n),)}
+    for side, rows in (("left", m), ("right", n)):
+        weight, task = (getattr(d, side).weight.shape[-1:], getattr(d, side).task.shape[-1:])
+        wanted |= {f"{side}_weight": (rows, *weight), f"{side}_task": (rows, *task)}
+        wanted |= {f"{side}_cross": (*weight, *task), f"{side}_gram": (*task, *task)}
+    wanted["task_core"] = (*d.left.task.shape[-1:], *d.right.task.shape[-1:])
+    for name, tensor in _tensors(d).items():
+        if not tensor.is_floating_point() or tensor.shape != wanted[name]:
+            raise ValueError(f"{name} of {layer.name} ({m}×{n}) is {tuple(tensor.shape)} of {tensor.dtype}")
 
 
 def _tensors(d: Directions) -> dict[str, Tensor]:
