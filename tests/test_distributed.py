@@ -198,7 +198,7 @@ def _dies(rank, how, folder):
 
 @pytest.mark.parametrize("how", ["dies", "raises", "dies in the reduction"])
 def test_a_rank_that_is_lost_is_an_error_on_the_others_whose_sums_stay_their_own(how, tmp_path):
-    alive_0, lost, alive_2 = together(_dies, 3, tmp_path, how, str(tmp_path), timeout=5)
+    alive_0, lost, alive_2 = together(_dies, 3, tmp_path, how, str(tmp_path), timeout=10)
     assert lost == 7 or isinstance(lost, ValueError)
     for rank, its in ((0, alive_0), (2, alive_2)):
         message, seconds, own = its
@@ -230,7 +230,7 @@ def _interrupted(rank, path, stop):
 def test_every_rank_has_its_own_snapshot_and_all_go_on_from_theirs(tmp_path):
     """One path for all of them; rank 0 is stopped, and what rank 1 had summed is kept."""
     path = tmp_path / "run.snapshot"
-    assert together(_interrupted, 2, tmp_path, str(path), 0, timeout=5) == [None, None]
+    assert together(_interrupted, 2, tmp_path, str(path), 0, timeout=10) == [None, None]
     kept = {"run.rank0of2.snapshot", "run.rank1of2.snapshot", "run.rank1of2.snapshot.part0"}
     assert {p.name for p in tmp_path.glob("run*")} == kept
     written = (tmp_path / "run.rank1of2.snapshot").stat().st_mtime_ns
