@@ -35,7 +35,7 @@ slow: $(VENV)/.ready
 package: $(VENV)/.ready
 	$(PY) -m pytest -m slow tests/test_package.py
 
-# SmolLM2-135M, killed a dozen times while it is calibrated and planned: the same bytes. A quarter of an hour on one core.
+# SmolLM2-135M, killed a dozen times while it is calibrated and planned: the same bytes. The log, bench/results/soak.md, says how long.
 soak: $(VENV)/.ready
 	$(PY) -m bench.soak
 

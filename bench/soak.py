@@ -1,6 +1,6 @@
 """SmolLM2-135M calibrated and planned under a third of the memory that one pass takes, killed again and again, to the same bits.
 
-python -m bench.soak                 writes bench/results/soak.md; under a quarter of an hour on one core
+python -m bench.soak                 writes bench/results/soak.md
 
 A run is a process of its own, `python -m bench.soak run FOLDER LIMIT`: what a user's script would be. It is killed by SIGKILL at
 random moments and started again, until it was killed KILLS times; the files it ends with are compared, byte for byte, with those
