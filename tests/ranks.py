@@ -1,7 +1,9 @@
 """Several gloo processes on this machine, for tests: forked off one server that has imported everything once."""
 
 import datetime
+import functools
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import traceback
 from collections.abc import Callable
@@ -14,8 +16,7 @@ import torch
 def together(worker: Callable[..., Any], ranks: int, folder: Path, *args: Any, timeout: float = 30) -> list[Any]:
     """What `worker(rank, *args)` returns on each of `ranks` processes of one group; of one that raises, the exception; of one that
     dies, its exit code."""
-    context: Any = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.test_distributed", "tests.test_distributed_training"])
+    context = _server()
     queue = context.SimpleQueue()
     meeting = folder / f"meeting-{len(list(folder.glob('meeting-*')))}"
     run = (queue, worker, ranks, meeting, timeout, args)
@@ -30,6 +31,15 @@ def together(worker: Callable[..., Any], ranks: int, folder: Path, *args: Any, t
         rank, what = queue.get()
         said[rank] = torch.load(what, weights_only=False)
     return [said[rank] for rank in range(ranks)]
+
+
+@functools.cache
+def _server() -> Any:
+    """A server of this module's own: other tests may have started one that has imported nothing, and ranks would for seconds."""
+    multiprocessing.forkserver._forkserver._stop()  # type: ignore[attr-defined]
+    context: Any = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.test_distributed", "tests.test_distributed_training"])
+    return context
 
 
 def _run(rank, queue, worker, ranks, meeting, timeout, args):

@@ -73,7 +73,7 @@ def test_what_is_no_config_is_named(tmp_path):
 def test_parts_are_those_of_the_run_and_take_less_than_all_at_once():
     model, limit = LLAMA.model(), 5_000
     found, sizes = estimate(config_of(LLAMA), SEEN, memory_limit=limit), []
-    for part, _ in by_part(model, LLAMA.batches(1), SEEN, Summing(memory_limit=limit), verify=False, progress=False):
+    for part, *_ in by_part(model, LLAMA.batches(1), SEEN, Summing(memory_limit=limit), verify=False, progress=False):
         traces = [t for layer in part.layers.values() for t in layer.sums().values() if t.dim() == 0]
         sizes.append(part.nbytes - 4 * len(traces))
     assert found.passes == len(sizes) > 2

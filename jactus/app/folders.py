@@ -26,6 +26,8 @@ def load(folder: Path) -> PreTrainedModel:
         if unfinished(folder):
             with alone(folder / FOLDER_LOCK, folder):
                 complete(folder)
+        if not (folder / "config.json").is_file():
+            raise JactusError(f"{folder} is not a checkpoint folder: it holds no config.json")
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         name = (config.get("architectures") or [None])[0]
         model_class = getattr(transformers, str(name), None)

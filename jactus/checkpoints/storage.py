@@ -131,6 +131,8 @@ def parsed(path: str | os.PathLike, kind: str) -> Iterator[None]:
             raise
         raise JactusError(f"{path} is a {kind} file that cannot be used: {e}") from e
     except WRONG as e:
+        if isinstance(e, OSError) and e.errno is not None:
+            raise JactusError(f"{path} cannot be read: {e}") from e
         what = f"{type(e).__name__}: {e}" if isinstance(e, KeyError | RecursionError) else e
         raise JactusError(f"{path} is truncated or corrupted ({what}); make it again") from e
 
