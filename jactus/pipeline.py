@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from jactus_kernels import JactusError
 
-from .calibration.distributed import Group, first_of, make_same_, warn_apart
+from .calibration.distributed import Group, first_of, make_same_, own_file, warn_apart
 from .calibration.head import fit_head as fit
 from .calibration.losses import Loss
 from .calibration.passes import by_part, calibrate
@@ -72,6 +72,11 @@ def adapt(
             "adapt: with group= and a memory_limit, what the ranks have planned cannot be gone on with; leave resume out, or give it "
             "and the limit to calibrate, then plan and compress"
         )
+    if limited and options.pop("save", None) is not None:
+        raise JactusError(
+            "adapt: under a memory_limit the sums of all layers are never there together, so none can be saved; leave save out, or "
+            "calibrate with both, then plan and compress"
+        )
     refuse_extras(model, config.trainable_extras)  # before the work
     if fit_head:
         if iter(batches) is batches:
@@ -116,7 +121,7 @@ def _by_part(
     whole = config.with_share(output_embedding(model) is not None)
     with ExitStack() as stack:
         snapshots = stack.enter_context(
-            Snapshots(resume, resume_every, whole, sums, model, config.replace(budget=1.0).to_dict())
+            Snapshots(own_file(resume), resume_every, whole, sums, model, config.replace(budget=1.0).to_dict())
         )
         folder = snapshots.folder or stack.enter_context(TemporaryDirectory(prefix="jactus-"))
         shelf = Shelf(folder)

@@ -218,3 +218,12 @@ def test_a_run_that_cannot_go_on_says_so(tmp_path, monkeypatch):
     assert_same(before, state(model))
     lost.write_bytes(whole)
     adapted(LLAMA, model=model, **LESS, resume=file)  # the right run still can
+
+
+def test_sums_that_are_never_whole_are_not_saved(tmp_path):
+    model = LLAMA.model()
+    before = state(model)
+    with pytest.raises(JactusError, match=r"memory_limit.*never there together.*leave save out"):
+        adapted(LLAMA, model=model, **LESS, save=tmp_path / "sums")
+    assert_same(before, state(model))
+    assert not list(tmp_path.iterdir())

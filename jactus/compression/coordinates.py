@@ -91,7 +91,8 @@ def learning_rate(model: nn.Module) -> float:
 
     It depends on model, task, budget and configuration, and is known of a model that was compressed or reloaded. In the default
     coordinates it was 0.96 to 1.35 times the best of a grid, on three text tasks at 80% and a language model at 80% and 50%.
-    Other batch sizes and longer training bear other rates, as with any method; the head may take the same.
+    Other batch sizes and longer training bear other rates, as with any method; the head may take the same. Where the loss is on
+    the answers alone, as of questions, it is too high: half of it did better in a first look (LOG.md), so try lower ones there.
 
     Raises JactusError where no layer has a core, or the checkpoint is of before this was recorded.
     """
