@@ -67,6 +67,9 @@ def test_estimate_reads_a_config_alone(tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)
     right = estimate(tmp_path, jactus.JactusConfig(budget=0.5))
     assert (found["sums"], found["deployed"], found["budget"]) == (right.sums, right.deployed, 0.5)
+    assert main(["estimate", str(tmp_path), "--memory-limit", "2e5", "--json"]) == 0
+    parts = json.loads(capsys.readouterr().out)
+    assert parts["passes"] == estimate(tmp_path, memory_limit=200_000).passes > 1
     assert main(["estimate", str(tmp_path / "config.json")]) == 0
     assert "BertForSequenceClassification" in capsys.readouterr().out
     assert main(["estimate", str(tmp_path / "nowhere")]) == 1

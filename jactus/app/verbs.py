@@ -174,6 +174,9 @@ def export(
 def estimate(
     model: Annotated[Path, typer.Argument(help="A folder with a config.json, or that file.")],
     budget: Annotated[float, typer.Option(help="What to keep of the linear layers, in (0, 1].")] = 0.8,
+    memory_limit: Annotated[
+        float | None, typer.Option(help="Bytes of sums at a time, e.g. 2e9; all if not given.")
+    ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:
     """What a model will take, from its config alone: memory by stage, ranks, sizes."""
@@ -181,7 +184,8 @@ def estimate(
     from . import estimate as from_config
 
     with quiet():
-        found = from_config.estimate(model, JactusConfig().replace(budget=budget))
+        limit = None if memory_limit is None else int(memory_limit)
+        found = from_config.estimate(model, JactusConfig().replace(budget=budget), memory_limit=limit)
     print(json.dumps(asdict(found), indent=1) if json_ else from_config.table(found))
 
 
