@@ -22,7 +22,7 @@ from tests.models import BERT, BY_NAME, GPT2, LLAMA, VIT
 
 FULL = ("full", "full[linears]")
 COMPACT = ("svd-llm-compact",)
-ADAPTERS = ("lora", "dora", "pissa", "corda", "eva", "eigentune")
+ADAPTERS = ("lora", "dora", "rslora", "hira", "pissa", "corda", "eva", "eigentune")
 BUDGETS = (0.8, 0.5, 0.3)
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT's use of transformers
 
@@ -235,9 +235,12 @@ def test_only_adapters_and_the_head_train(name, family):
         optimizer.zero_grad()
     moved = {k for k, p in model.named_parameters() if not torch.equal(p, before[k])}
     assert moved == {k for k, p in model.named_parameters() if p.requires_grad}
-    adapters = {k for k in moved if "lora_" in k or k.endswith(".core")}
+    adapters = {k for k in moved if "lora_" in k or "hira_" in k or k.endswith(".core")}
     assert sum(before[k].numel() for k in moved - adapters) == heads
-    layers = {k.split(".lora_")[0].removesuffix(".core").removeprefix("base_model.model.") for k in adapters}
+    layers = {
+        k.split(".lora_")[0].split(".hira_")[0].removesuffix(".core").removeprefix("base_model.model.")
+        for k in adapters
+    }
     wanted = set(find_targets(family.model(), JactusConfig()))
     if name.endswith("+lora"):
         wanted = {f"{target}.{i}" for target in wanted for i in (0, 1)}
