@@ -181,7 +181,7 @@ def all_reduce_(statistics: Statistics, group: Group) -> None:
         for S in sums:
             packed = storage.pack(S)
             sum_(group, step, [packed])
-            _put(S, packed)
+            storage.put_(S, packed)
         sum_(group, step, [*totals, counts])
     except BaseException:
         for S, diagonal in zip(sums, diagonals):
@@ -192,12 +192,6 @@ def all_reduce_(statistics: Statistics, group: Group) -> None:
     statistics.terms = int(counts[0])
     statistics.tokens = dict(zip(statistics.tokens, counts[1:].tolist()))
     statistics.symmetrize_()
-
-
-def _put(S: Tensor, packed: Tensor) -> None:
-    """Into the lower triangle."""
-    for i, row in enumerate(packed.split(list(range(1, len(S) + 1)))):
-        S[i, : i + 1] = row
 
 
 def _restore(S: Tensor, diagonal: Tensor) -> None:

@@ -180,7 +180,11 @@ def unpack(packed: Tensor, n: int) -> Tensor:
     """The inverse of `pack`; the strict upper triangle is zero. Raises ValueError where it is another size's."""
     if packed.shape != (n * (n + 1) // 2,):
         raise ValueError(f"a triangle of {n} rows has {n * (n + 1) // 2} numbers, not {tuple(packed.shape)}")
-    S = packed.new_zeros(n, n)
-    for i, row in enumerate(packed.split(list(range(1, n + 1)))):
+    return put_(packed.new_zeros(n, n), packed)
+
+
+def put_(S: Tensor, packed: Tensor) -> Tensor:
+    """What `pack` made, into the lower triangle of S (n, n); returns S."""
+    for i, row in enumerate(packed.split(list(range(1, len(S) + 1)))):
         S[i, : i + 1] = row
     return S
