@@ -67,7 +67,7 @@ def planned(
     logger.info(
         "planning %d layers: a plan of %.1f MB, and up to %.1f MB for one at a time", len(targets),
         sum(plan_bytes(t.m, t.n) for t in targets.values()) / 1e6,
-        max(working_bytes(t.m, t.n, config.smaller_sides, bool(config.task_sources)) for t in targets.values()) / 1e6,
+        max(working_bytes(t.m, t.n, config.smaller_sides, "covariance" in config.task_sources) for t in targets.values()) / 1e6,
     )  # fmt: skip
     if group is not None:
         sums = [] if statistics is None else [fingerprint(t) for t in statistics._sums()]
