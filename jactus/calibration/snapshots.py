@@ -76,7 +76,7 @@ class Snapshots:
             },
             "weights": fingerprints(model) if path is not None else {},
         }
-        self.parts: dict[int, dict[str, Any]] = {}
+        self.parts: dict[int, Part] = {}
         self.held: dict[int, Statistics] = {}  # the sums that are in the file itself
         self.locks = ExitStack()
 
@@ -113,7 +113,7 @@ class Snapshots:
                 )
         for key, part in meta["parts"].items():
             known = storage.made(Part, {f.name: part.get(f.name) for f in fields(Part)})
-            self.parts[int(key)] = vars(known)
+            self.parts[int(key)] = known
             if not known.apart:
                 own = {k.removeprefix(f"{key}/"): t for k, t in tensors.items() if k.startswith(f"{key}/")}
                 self.held[int(key)] = Statistics.from_tensors(own, known.meta)
@@ -121,11 +121,11 @@ class Snapshots:
     def finished(self, number: int) -> Statistics | None:
         """The sums of pass `number` if the snapshot has it whole; without the sums where its layers are planned."""
         self.hasher.reset()
-        part = self.parts.get(number, {})
-        if not part.get("complete"):
+        part = self.parts.get(number)
+        if part is None or not part.complete:
             return None
-        if part.get("planned"):
-            known = Statistics.from_tensors({}, part["meta"])
+        if part.planned:
+            known = Statistics.from_tensors({}, part.meta)
             known.forgotten |= set(known.layers)
             return known
         if number in self.held:
@@ -136,11 +136,11 @@ class Snapshots:
 
     def started(self, number: int) -> tuple[Statistics, int]:
         """The sums to go on with in pass `number`, and how many batches they hold already."""
-        return self.held.get(number) or Statistics(), self.parts.get(number, {"batches": 0})["batches"]
+        return self.held.get(number) or Statistics(), self.parts[number].batches if number in self.parts else 0
 
     def rule(self) -> dict[str, Any] | None:
         """How the run counted the terms of its loss when the snapshot was made."""
-        kept = [part["rule"] for part in self.parts.values() if part.get("rule")]
+        kept = [part.rule for part in self.parts.values() if part.rule]
         return kept[-1] if kept else None
 
     def see(self, batch: Any) -> None:
@@ -151,12 +151,12 @@ class Snapshots:
     def check(self, number: int) -> None:
         """After the last batch that the snapshot holds: were they the same ones, under the same loss?"""
         part = self.parts[number]
-        if part["digest"] != self.hasher.hexdigest():
+        if part.digest != self.hasher.hexdigest():
             raise JactusError(
-                f"the first {part['batches']} batches are not those that {self.path} was made from (another order or other "
+                f"the first {part.batches} batches are not those that {self.path} was made from (another order or other "
                 "data), so the run cannot be continued; fix the order, or delete the file to start again"
             )
-        before, loss = part.get("loss"), self.loss
+        before, loss = part.loss, self.loss
         if before is not None and loss is not None and abs(before - loss) > 1e-3 * max(abs(before), 1e-9):
             raise JactusError(
                 f"{self.path} is a snapshot of a run with another loss ({before:.6g} on its first examples, now {loss:.6g}); resume "
@@ -168,32 +168,33 @@ class Snapshots:
         self.found = rule
         if self.path is not None and time.monotonic() - self.last >= self.every:
             self.held[number] = statistics
-            self._note(statistics, number, batches=batches)
+            self._note(statistics, number, batches)
 
     def finish(self, statistics: Statistics, number: int) -> None:
         """After a pass: its sums go into a file of their own, and are written no more."""
         if self.path is not None:
             storage.write(self._apart(number), KIND, *statistics.to_tensors())
             self.held.pop(number, None)
-            self._note(statistics, number, batches=0, complete=True, apart=True)
+            self._note(statistics, number, 0, finished=True)
 
     def planned(self, number: int) -> None:
         """The layers of a pass are planned, and on the disk: its sums are needed no more."""
         if self.path is not None:
-            self.parts[number]["planned"] = True
+            self.parts[number].planned = True
             self._save()
             self._apart(number).unlink(missing_ok=True)
 
-    def _note(self, statistics: Statistics, number: int, **known: Any) -> None:
-        part = {"complete": False, "digest": self.hasher.hexdigest(), "loss": self.loss, "rule": self.found}
-        self.parts[number] = part | known | {"meta": statistics.to_tensors()[1]}
+    def _note(self, statistics: Statistics, number: int, batches: int, finished: bool = False) -> None:
+        _, meta = statistics.to_tensors()
+        digest = self.hasher.hexdigest()
+        self.parts[number] = Part(batches, digest, finished, self.loss, self.found, meta, apart=finished)
         self._save()
 
     def _save(self) -> None:
         tensors: dict[str, Tensor | storage.Triangle] = {}
         for key, kept in self.held.items():
             tensors |= {f"{key}/{k}": t for k, t in kept.to_tensors()[0].items()}
-        parts = {str(key): part for key, part in self.parts.items()}
+        parts = {str(key): vars(part) for key, part in self.parts.items()}
         storage.write(self.path, KIND, tensors, {"identity": self.identity, "parts": parts})  # type: ignore[arg-type]
         self.last = time.monotonic()
 

@@ -21,7 +21,7 @@ from .losses import LossSum
 from .modes import frozen_eval
 from .padding import masks_of
 from .recorder import Recorder
-from .snapshots import Snapshots
+from .snapshots import KIND, Snapshots
 from .statistics import Statistics
 from .summing import Summing
 from .tokens import Tokens
@@ -49,7 +49,7 @@ class Sweep:
         self.recorder = Recorder(targets, config, sums, self.statistics, self.tokens)
         self.cache = DecoderCache(model)
         if (rule := snapshots.rule()) is not None:
-            with storage.parsed(str(snapshots.path), "calibration snapshot"):
+            with storage.parsed(str(snapshots.path), KIND):
                 losses.terms.restore(rule)
 
     def run(self, batches: Iterable[Any], progress: bool, may_be_empty: bool = False) -> Statistics:
