@@ -119,7 +119,7 @@ TASKS = _table(
     Task("wikipedia", load=functools.partial(_language, data.wikipedia_lines, 128), **LANGUAGE),
     Task("openwebtext", load=functools.partial(_language, data.openwebtext_lines, 128), **LANGUAGE),
     Task("wikipedia-long", load=functools.partial(_language, data.wikipedia_lines, None), **LANGUAGE),
-    # One model learns the eight sets together. Two cores bear so many of each; all that there are is --device cuda's.
+    # One model learns the eight sets together, on as many rows of each as two cores bear.
     Task("commonsense", load=functools.partial(_questions, tuple(questions.SETS), (500, 100, 400)), **COMMONSENSE),
     Task("arc-easy", load=functools.partial(_questions, ("arc-easy",), (2000, 251, 800)), **COMMONSENSE),
 )
