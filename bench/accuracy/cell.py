@@ -10,7 +10,7 @@ from jactus_kernels import JactusError
 
 from .. import memory, training
 from ..report import versions
-from .methods import build, own_rates, variant
+from .methods import build, is_compressed, needs_all, own_rates, variant
 from .peers import Context, sizes
 from .store import Cell, Row
 from .tasks import TASKS, calibrated, calibration_batches, prepared
@@ -26,7 +26,9 @@ def measure(cell: Cell, threads: int, autocast: torch.dtype | None, untrained: b
     seen, head = (chosen.calibration, chosen.head) if chosen else (None, "fitted")
     seen = seen or task.calibration
     case = prepared(task, head, cell.seed, device)
-    statistics = calibrated(task, case, seen, cell.seed, head, autocast)
+    statistics = None
+    if is_compressed(cell.method):
+        statistics = calibrated(task, case, seen, cell.seed, head, autocast, needs_all(cell.method, case.model))
     context = Context(statistics, calibration_batches(task, case, min(seen, FEW), cell.seed), cell.seed)
     model = build(cell.method, case.model, context, cell.budget)
     del statistics, context

@@ -10,6 +10,7 @@ from torch import nn
 
 import jactus
 from jactus.config import FLAT
+from jactus.model.families import output_embedding
 from jactus_kernels import JactusError
 
 from .compressors import COMPRESSORS
@@ -90,6 +91,12 @@ def rates(method: str) -> tuple[float, ...]:
 def is_compressed(method: str) -> bool:
     """Whether the method has a budget, and so a score before training."""
     return variant(method) is not None or method.removesuffix("+lora") in (*COMPRESSORS, "cersa")
+
+
+def needs_all(method: str, model: nn.Module) -> bool:
+    """Whether a compressed method reads more of the sums than those of each layer's smaller side."""
+    chosen = variant(method)
+    return chosen is None or not chosen.config.with_share(output_embedding(model) is not None).smaller_sides
 
 
 def own_rates(method: str, model: nn.Module, lr: float) -> dict[str, float]:

@@ -149,10 +149,11 @@ def prepared(task: Task, head: str, seed: int, device: str = "cpu") -> Case:
 
 
 def calibrated(
-    task: Task, case: Case, rows: int, seed: int, head: str, autocast: torch.dtype | None
+    task: Task, case: Case, rows: int, seed: int, head: str, autocast: torch.dtype | None, whole: bool = True
 ) -> jactus.Statistics:
-    """All sums over `rows` training examples drawn by `seed` (once; then read from the cache)."""
-    config = jactus.JactusConfig(union=SOURCES, union_share=0.1)  # whoever asks for a share finds its sums
+    """The sums over `rows` training examples drawn by `seed` (once; then read from the cache): all there are, so that whoever
+    asks for a share finds its own, or, if not `whole`, those of each layer's smaller side."""
+    config = jactus.JactusConfig(union=SOURCES, union_share=0.1 if whole else 0.0)
     device = next(case.model.parameters()).device.type
 
     def calibrate(file: Path) -> None:
@@ -163,6 +164,8 @@ def calibrated(
     how = "float32" if autocast is None else "autocast"
     if head == "fitted" and task.name in (*TEXT, *VISION):
         head += f"-{HEAD_L2:g}"
+    if not whole:
+        head += "-smaller-sides"
     return jactus.Statistics.load(_once(f"statistics-{task.name}-{rows}-{seed}-{head}-{how}{_on(device)}", calibrate))
 
 
