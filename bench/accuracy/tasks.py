@@ -175,9 +175,13 @@ def _on(device: str) -> str:
 
 
 def calibration_batches(task: Task, case: Case, rows: int, seed: int) -> list[dict]:
+    """Training rows drawn by `seed`; of questions the loss is on all tokens, since the answers' are too few to calibrate on."""
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(case.training), generator=generator)[:rows].tolist()
-    return list(batches(case.training.take(chosen), task.batch_size, seed=seed))
+    seen = list(batches(case.training.take(chosen), task.batch_size, seed=seed))
+    if isinstance(case.training, questions.Asked):
+        seen = [b | {"labels": b["input_ids"].masked_fill(b["attention_mask"] == 0, -100)} for b in seen]
+    return seen
 
 
 def _once(name: str, make: Callable[[Path], None]) -> Path:
