@@ -169,6 +169,16 @@ def test_a_linear_layers_weight_is_found_by_the_bias_that_is_added_to_its_produc
     assert found["embeddings.position_embeddings"].shape == (1, 5, 2)
 
 
+def test_the_example_takes_the_same_model_and_folders(root, small, monkeypatch):
+    monkeypatch.setattr(vit, "DEVICE", "cpu")
+    model, data, output = (str(root / name) for name in ("model", "colours", "out"))
+    how = ["--epochs", "4", "--learning-rate", "2e-3", "--batch-size", "8", "--workers", "0"]
+    results = vit.main(["--model", model, "--data", data, "--output", output, *how])
+    found = results["datasets"]["colours"]
+    assert found["rows"] == {"train": 43, "test": 24, "classes": 3}
+    assert found["accuracy"]["folded"] > 0.8
+
+
 @pytest.mark.parametrize("method", ["jactus[rank_multiple=4]", "lora"])
 def test_a_cell_of_the_vision_transformer_is_measured(root, small, monkeypatch, method):
     monkeypatch.setenv("JACTUS_CACHE", str(root / "cache"))
