@@ -179,7 +179,7 @@ def test_the_example_takes_the_same_model_and_folders(root, small, monkeypatch):
     assert found["accuracy"]["folded"] > 0.8
 
 
-@pytest.mark.parametrize("method", ["jactus[rank_multiple=4]", "lora"])
+@pytest.mark.parametrize("method", ["jactus[rank_multiple=4]", "lora", "dora", "full", "svd-llm+lora"])
 def test_a_cell_of_the_vision_transformer_is_measured(root, small, monkeypatch, method):
     monkeypatch.setenv("JACTUS_CACHE", str(root / "cache"))
     monkeypatch.setenv("JACTUS_IMAGES", str(root))
@@ -188,4 +188,4 @@ def test_a_cell_of_the_vision_transformer_is_measured(root, small, monkeypatch, 
     rows = cell.measure(Cell("tiny", method, 0.7, 0, 2e-3), 1, None, untrained=True)
     assert [row.phase for row in rows] == ["untrained", "trained"]
     assert rows[-1].value > 0.8  # a guess is right a third of the time
-    assert rows[-1].folded < rows[-1].stored
+    assert rows[-1].folded <= rows[-1].stored
