@@ -57,7 +57,7 @@ setup(
             *ECOSYSTEM,
         ],
         # PEFT's CorDA imports attrs without declaring it
-        "bench": ["peft", "attrs", "eigentune==0.2.0", "gguf"],
+        "bench": ["peft", "attrs", "eigentune==0.2.0", "gguf", "onnx", "pillow"],
         "lint": ["ruff==0.17.6", "mypy==2.4.1"],
     },
 )

@@ -5,7 +5,7 @@ import random
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Protocol
 
@@ -62,28 +62,32 @@ class Encoded:
 
 @dataclass(frozen=True, eq=False)  # tensors have no == that is true or false
 class Images:
-    """Images of one size, (N, channels, height, width) of bytes, and their integer labels."""
+    """Images of one size, (N, channels, height, width) of bytes, their integer labels, and the mean and standard deviation
+    by channel that the model's values, from 0…1, are normalised by (ViT's image processors have a half)."""
 
     pixels: Tensor
     labels: list[int]
+    mean: tuple[float, ...] = (0.5,)
+    std: tuple[float, ...] = (0.5,)
 
     def __len__(self) -> int:
         return len(self.pixels)
 
     def __getitem__(self, rows: slice) -> "Images":
-        return Images(self.pixels[rows], self.labels[rows])
+        return replace(self, pixels=self.pixels[rows], labels=self.labels[rows])
 
     def take(self, chosen: Sequence[int]) -> "Images":
         """The chosen examples, in that order."""
-        return Images(self.pixels[list(chosen)], [self.labels[i] for i in chosen])
+        return replace(self, pixels=self.pixels[list(chosen)], labels=[self.labels[i] for i in chosen])
 
     def lengths(self) -> list[int]:
         """The same for every example: no batch of images is padded."""
         return [1] * len(self)
 
     def batch(self, chosen: Sequence[int]) -> Batch:
-        """pixel_values (B, channels, height, width), float32 in -1…1 (as ViTImageProcessor has it), and labels (B,)."""
-        pixels = self.pixels[list(chosen)].float() / 127.5 - 1
+        """pixel_values (B, channels, height, width), float32, normalised; and labels (B,)."""
+        mean, std = (torch.tensor(part).view(-1, 1, 1) for part in (self.mean, self.std))
+        pixels = self.pixels[list(chosen)].float() / (255 * std) - mean / std
         return {"pixel_values": pixels, "labels": torch.tensor([self.labels[i] for i in chosen])}
 
 

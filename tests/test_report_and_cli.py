@@ -113,6 +113,15 @@ def test_a_head_in_half_precision_is_fitted_in_float32_and_kept_in_its_dtype(dty
     assert torch.isfinite(model(**batches[0]).logits).all()
 
 
+def test_a_head_is_fitted_under_autocast_as_well():
+    """Autocast keeps the head's cast until its block ends, and so would not see a step of the solver."""
+    model, batches = BERT.model(), BERT.batches(8)
+    exact = jactus.fit_head(BERT.model(), batches, progress=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = jactus.fit_head(model, batches, progress=False)
+    assert found == pytest.approx(exact, rel=0.02)  # as in bfloat16
+
+
 def test_a_failing_fit_leaves_the_head_as_it_was():
     model, batches = BERT.model(), BERT.batches(4)
     before = model.classifier.weight.detach().clone()

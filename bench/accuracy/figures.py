@@ -14,10 +14,10 @@ from matplotlib import pyplot
 from ..questions import SETS
 from ..report import named, table
 from .choice import SEEDS, Entry, chosen_rate
-from .matrix import ablations, asked, comparison, images, language
+from .matrix import ablations, asked, comparison, images, language, pictures
 from .methods import variant
 from .store import Row
-from .tasks import ASKED, LANGUAGES, LONG, TASKS, TEXT, VISION
+from .tasks import ASKED, LANGUAGES, LONG, PICTURES, TASKS, TEXT, VISION
 
 Scores = dict[int, float]  # by seed
 # What the plot shows, in the legend's order: label, marker and colour, the same in every panel.
@@ -75,7 +75,8 @@ def summaries(rows: list[Row], entries, tasks: Sequence[str]) -> list[Summary]:
 def tables(rows: list[Row]) -> str:
     """Everything that was measured, as Markdown."""
     parts = []
-    for title, stage, tasks in (("text", comparison, TEXT), ("images", images, VISION)):
+    shown = (("text", comparison, TEXT), ("images", images, VISION), ("DINOv2-small", pictures, PICTURES))
+    for title, stage, tasks in shown:
         found = summaries(rows, list(stage()), tasks)
         if found:
             parts += [f"### Accuracy after training, %: {title}", _accuracy_table(found, tasks)]
@@ -108,12 +109,19 @@ def _accuracy_table(found: list[Summary], tasks: Sequence[str]) -> str:
     lines = []
     for s in sorted(found, key=lambda s: (-s.budget, s.method != "full")):
         mean = s.mean_by_seed(tasks)
-        against = _paired(mean, base.mean_by_seed(tasks)) if base and s is not base else "–"
+        against = _ahead(s, base, tasks) if base and s is not base else "–"
         untrained = [statistics.fmean(s.untrained[t].values()) for t in tasks if s.untrained[t]]
         before = f"{100 * statistics.fmean(untrained):.1f}" if len(untrained) == len(tasks) else "–"
         scores = [_spread(s.trained.get(task, {}), 100) for task in tasks]
         lines.append((s.name, *scores, _spread(mean, 100), against, before, *_sizes(s.sizes)))
     return table(("method", *tasks, "mean", "− LoRA, paired", "untrained", *SIZES), lines)
+
+
+def _ahead(mine: Summary, theirs: Summary, tasks: Sequence[str]) -> str:
+    """The mean difference, paired by seed, over the tasks that both have; it says how many where some are missing."""
+    both = [t for t in tasks if set(mine.trained.get(t, ())) & set(theirs.trained.get(t, ()))]
+    found = _paired(mine.mean_by_seed(both), theirs.mean_by_seed(both))
+    return found if found == "–" or len(both) == len(tasks) else f"{found} ({len(both)} of {len(tasks)})"
 
 
 def _lead_table(found: list[Summary], tasks: Sequence[str]) -> str:

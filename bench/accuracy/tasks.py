@@ -14,7 +14,7 @@ from torch import nn
 import jactus
 from jactus.config import SOURCES
 
-from .. import data, models, questions, vision
+from .. import data, dinov2, images, models, questions, vision
 from ..fetch import cache_folder, made_once
 from ..training import Examples, accuracy, batches, encode, perplexity, token_blocks
 
@@ -92,6 +92,20 @@ def _digits() -> Case:
     return Case(vision.fashion_vit(10), task.train, task.validation, task.test)
 
 
+def _pictures(load: Callable[[Any], vision.ImageTask]) -> Case:
+    """`load` makes a task's images with the model's processor."""
+    task = load(dinov2.processor())
+    return Case(dinov2.classifier(len(task.labels)), task.train, task.validation, task.test)
+
+
+def _photographs(name: str, rows: tuple[int, int, int]) -> Case:
+    return _pictures(lambda processor: images.picture_task(name, processor, sizes=rows))
+
+
+def _greys(load: Callable[[], vision.ImageTask]) -> Case:
+    return _pictures(lambda processor: images.in_colour(load(), processor, FEW_SHOT))
+
+
 def _questions(sets: tuple[str, ...], rows: tuple[int, int, int]) -> Case:
     """Of each set so many questions train, validate and are tested on; validation's are of the set's training part."""
     model, tokenizer = models.smollm2()
@@ -109,6 +123,8 @@ def _table(*tasks: Task) -> dict[str, Task]:
 
 
 COMMONSENSE: dict[str, Any] = {"metric": "accuracy", "epochs": 1, "batch_size": 16, "calibration": 256, "rate": 0.5}
+FEW_SHOT = (1000, 500, 2000)  # what two cores bear of a model that sees 65 tokens a picture
+PICTURED: dict[str, Any] = {"metric": "accuracy", "epochs": 4, "calibration": 1000, "rate": 0.5}
 LANGUAGE: dict[str, Any] = {"metric": "perplexity", "epochs": 1, "batch_size": 8, "calibration": 128, "rate": 0.25}
 TASKS = _table(
     Task("sarcasm", "accuracy", functools.partial(_text, data.sarcasm, 64, (6000, 4500))),
@@ -116,6 +132,12 @@ TASKS = _table(
     # Twenty classes of 150 rows each, seen twice: LoRA and JACTUS alike were best at the highest of the rates above.
     Task("newsgroups", "accuracy", functools.partial(_text, data.newsgroups, TOKENS, (3000, 4000)), rate=2.0),
     Task("digits", "accuracy", _digits, epochs=8, calibration=1000, rate=2.0),
+    Task("cifar10", load=functools.partial(_photographs, "cifar10", FEW_SHOT), **PICTURED),
+    Task("textures", load=functools.partial(_photographs, "dtd10", (480, 120, 600)), **PICTURED),
+    Task("flowers", load=functools.partial(_photographs, "flowers5", (1000, 500, 736)), **PICTURED),
+    Task("tinyimagenet", load=functools.partial(_photographs, "tinyimagenet25", (1000, 500, 1250)), **PICTURED),
+    Task("mnist", load=functools.partial(_greys, vision.mnist_digits), **PICTURED),
+    Task("fashion-mnist", load=functools.partial(_greys, vision.fashion_mnist), **PICTURED),
     Task("wikipedia", load=functools.partial(_language, data.wikipedia_lines, 128), **LANGUAGE),
     Task("openwebtext", load=functools.partial(_language, data.openwebtext_lines, 128), **LANGUAGE),
     Task("wikipedia-long", load=functools.partial(_language, data.wikipedia_lines, None), **LANGUAGE),
@@ -124,6 +146,9 @@ TASKS = _table(
     Task("arc-easy", load=functools.partial(_questions, ("arc-easy",), (2000, 251, 800)), **COMMONSENSE),
 )
 VISION = ("digits",)
+PHOTOGRAPHS = ("cifar10", "textures", "flowers", "tinyimagenet")
+GREYS = ("mnist", "fashion-mnist")
+PICTURES = (*PHOTOGRAPHS, *GREYS)  # for DINOv2-small
 TEXT = ("sarcasm", "movies", "newsgroups")
 LANGUAGES = ("wikipedia", "openwebtext")
 ASKED = ("commonsense",)
@@ -162,7 +187,7 @@ def calibrated(
             jactus.calibrate(case.model, seen, config, progress=False).save(file)
 
     how = "float32" if autocast is None else "autocast"
-    if head == "fitted" and task.name in (*TEXT, *VISION):
+    if head == "fitted" and task.name in (*TEXT, *VISION, *PICTURES):
         head += f"-{HEAD_L2:g}"
     if not whole:
         head += "-smaller-sides"

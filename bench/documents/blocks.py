@@ -6,9 +6,10 @@ import re
 from collections.abc import Callable, Sequence
 
 from .. import report
+from ..accuracy.tasks import PICTURES
 from . import families
 from .figures import SHORT, demo_of, matching, span
-from .tables import RESULTS, Line, one_line, one_table
+from .tables import RESULTS, Line, one_line, one_table, tables
 
 COMPILED = RESULTS / "kernels-static-triton-3.8.0.csv"
 
@@ -67,9 +68,22 @@ TEXT_COLUMNS = (
 IMAGES_SHOWN = ("full", "lora", "dora", "eva", "svd-llm+lora 80%", "svd-llm+lora 35%",
                 "cersa 80%", "cersa 35%")  # fmt: skip
 IMAGES_COLUMNS = ("digits", "− LoRA, paired", "untrained", "deployed", "trainable")
+PICTURES_SHOWN = ("full", "lora", "dora", "jactus 80%", "svd-llm+lora 80%", "jactus 50%")
+PICTURES_COLUMNS = (*PICTURES, "mean", "− LoRA, paired", "untrained", "deployed", "trainable")
 LANGUAGE_SHOWN = ("full", "lora", "jactus 80%", "svd-llm+lora 80%", "jactus 50%",
                   "svd-llm+lora 50%")  # fmt: skip
 LANGUAGE_COLUMNS = ("wikipedia", "openwebtext", "wikipedia-long", "deployed", "in training", "trainable")
+
+
+def pictures() -> str:
+    """What was measured of DINOv2-small so far."""
+    name, heading = SHORT["pictures"]
+    if not any(heading in title for title in tables(name)):
+        return "No row is measured yet."
+    there = {next(iter(line.values())) for line in one_table(name, heading)}
+    return selected(name, heading, [method for method in PICTURES_SHOWN if method in there], PICTURES_COLUMNS)
+
+
 # A default as JactusConfig has it, and what was tried instead with that setting's name in the rows.
 TRIED = {
     '`metric="fisher"`': {
@@ -245,6 +259,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "headline": headline,
     "text": functools.partial(selected, *SHORT["text"], TEXT_SHOWN, TEXT_COLUMNS),
     "images": functools.partial(selected, *SHORT["images"], IMAGES_SHOWN, IMAGES_COLUMNS),
+    "pictures": pictures,
     "language": functools.partial(selected, *SHORT["perplexity"], LANGUAGE_SHOWN, LANGUAGE_COLUMNS),
     "defaults": defaults,
     "costs": costs,

@@ -20,6 +20,8 @@ SHORT = {
     "lead": ("accuracy.md", "ahead, text"),
     "images": ("accuracy.md", "training, %: images"),
     "images-lead": ("accuracy.md", "ahead, images"),
+    "pictures": ("accuracy.md", "training, %: DINOv2-small"),
+    "pictures-lead": ("accuracy.md", "ahead, DINOv2-small"),
     "perplexity": ("accuracy.md", "Perplexity"),
     "at-80%": ("pairs/accuracy.md", "at a time, 80%: accuracy"),
     "at-35%": ("pairs/accuracy.md", "at a time, 35%: accuracy"),

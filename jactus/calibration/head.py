@@ -128,6 +128,7 @@ def _minimise(
     def closure() -> Tensor:
         nonlocal final
         optimizer.zero_grad()
+        torch.clear_autocast_cache()  # an outer autocast keeps the cast of the head, whatever a step makes of it
         total, count = 0.0, 0
         gradients = [torch.zeros_like(p) for p in head]
         for index, batch in enumerate(kept):

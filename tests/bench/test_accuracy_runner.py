@@ -165,6 +165,29 @@ def test_leads_are_over_whole_models_and_over_pipelines_of_the_same_budget():
     assert "### Points that JACTUS is ahead" not in of_others
 
 
+def test_a_partly_measured_table_says_over_how_many_tasks_a_lead_is():
+    scores = {"lora": (0.7, tasks.PICTURES[:3]), "jactus": (0.73, tasks.PICTURES[:2]), "full": (0.8, ("mnist",))}
+    rows = []
+    for e in matrix.pictures():
+        value, known = scores.get(e.method, (0, ()))
+        if e.task in (*known, "cifar10", "mnist") and value and (e.method, e.budget) != ("jactus", 0.5):
+            shown = (e.like or e).grid if e.task in known else ()
+            rows += [row(e.method, 0, lr, value, task=e.task, budget=e.budget) for lr in shown]
+    text = figures.tables(rows).split("### Accuracy after training, %: DINOv2-small")[1]
+    lines = {cells[1].strip(): cells for x in text.splitlines() if len(cells := x.split("|")) > 9}
+    assert "+3.00 (2 of 6)" in lines["jactus 80%"][9]
+    assert lines["jactus 80%"][8].strip() == "–"  # no mean of all six
+    assert lines["full"][9].strip() == "–"  # LoRA has no mnist yet
+    assert "ahead, DINOv2-small" not in text
+
+
+def test_pictures_take_the_rate_of_the_set_of_their_kind():
+    found = {(e.task, e.method, e.budget): e for e in matrix.pictures()}
+    assert found["textures", "lora", 1.0].like.task == "cifar10"
+    assert found["fashion-mnist", "jactus", 0.5].like == found["mnist", "jactus", 0.8]
+    assert [e.method for e in matrix.pictures()][:4] == ["jactus", "lora"] * 2
+
+
 def test_ablations_without_a_chosen_rate_yet_are_a_table_all_the_same():
     changes = ("", "[metric=input]")
     begun = [row(f"jactus{c}", lr=None, phase="untrained", task="newsgroups", budget=0.35) for c in changes]
