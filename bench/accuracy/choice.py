@@ -12,7 +12,7 @@ SEEDS = (0, 1, 2)
 @dataclass(frozen=True)
 class Entry:
     """A method at a budget on a task: its learning rates are tried with the first seed, the best goes on to the others.
-    Without a grid it runs at the rate chosen for `like`."""
+    Without a grid it runs at the rate chosen for `like`, times each of `parts`: the best of those that were tried counts."""
 
     task: str
     method: str
@@ -20,6 +20,7 @@ class Entry:
     grid: tuple[float, ...]
     seeds: tuple[int, ...] = SEEDS
     like: "Entry | None" = None
+    parts: tuple[float, ...] = (1.0,)
 
 
 def tried_rates(entry: Entry, rows: list[Row]) -> dict[float, Row]:
@@ -31,15 +32,26 @@ def tried_rates(entry: Entry, rows: list[Row]) -> dict[float, Row]:
 def chosen_rate(entry: Entry, rows: list[Row]) -> float | None:
     """The learning rate that is best on validation rows with the first seed; None while some of the grid are still to be
     tried. Rates beyond the grid count where they were tried."""
-    if entry.like:
-        return chosen_rate(entry.like, rows)
     tried = tried_rates(entry, rows)
-    if any(lr not in tried for lr in entry.grid):
+    if entry.like:
+        rates = taken_rates(entry, rows)
+        if len(rates) < 2:
+            return rates[0] if rates else None
+        tried = {lr: tried[lr] for lr in rates if lr in tried}
+    elif any(lr not in tried for lr in entry.grid):
+        return None
+    if not tried:
         return None
     merit = TASKS[entry.task].merit
     # Of equal ones the grid's, and of those the lowest. A run that diverged has no loss: whatever its score, not the best.
     ordered = sorted(tried, key=lambda lr: (lr not in entry.grid, lr))
     return max(ordered, key=lambda lr: (tried[lr].loss is not None, merit(tried[lr].validation)))
+
+
+def taken_rates(entry: Entry, rows: list[Row]) -> tuple[float, ...]:
+    """What an entry without a grid is to try: none while the rate that it takes is not chosen."""
+    lr = chosen_rate(entry.like, rows) if entry.like else None
+    return () if lr is None else tuple(lr * part for part in entry.parts)
 
 
 def wanted(entries: list[Entry], rows: list[Row]) -> list[Cell]:
@@ -52,7 +64,7 @@ def wanted(entries: list[Entry], rows: list[Row]) -> list[Cell]:
     for e in entries:
         grid, lr = e.grid, chosen_rate(e, rows)
         if e.like:
-            grid = () if lr is None else (lr,)
+            grid = taken_rates(e, rows)
         elif lr is not None:
             grid = (*grid, lr / 2, 2 * lr)  # the neighbours of the best: of a grid's inner rate they are in it
         first = [Cell(e.task, e.method, e.budget, e.seeds[0], rate) for rate in grid]

@@ -140,7 +140,11 @@ TASKS = _table(
     Task("fashion-mnist", load=functools.partial(_greys, vision.fashion_mnist), **PICTURED),
     Task("wikipedia", load=functools.partial(_language, data.wikipedia_lines, 128), **LANGUAGE),
     Task("openwebtext", load=functools.partial(_language, data.openwebtext_lines, 128), **LANGUAGE),
-    Task("wikipedia-long", load=functools.partial(_language, data.wikipedia_lines, None), **LANGUAGE),
+    Task(
+        "wikipedia-long",
+        load=functools.partial(_language, data.wikipedia_lines, None),
+        **LANGUAGE | {"calibration": 1101},
+    ),
     # One model learns the eight sets together, on as many rows of each as two cores bear.
     Task("commonsense", load=functools.partial(_questions, tuple(questions.SETS), (500, 100, 400)), **COMMONSENSE),
     Task("arc-easy", load=functools.partial(_questions, ("arc-easy",), (2000, 251, 800)), **COMMONSENSE),
