@@ -281,7 +281,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     note("dense")
     if plan is None:
-        chosen = train[: args.calibration_rows]
+        # On the loss of all tokens: the answers' alone are too few to calibrate on.
+        chosen = [row | {"labels": list(row["input_ids"])} for row in train[: args.calibration_rows]]
         # The sums do not depend on the size of a batch; activations of every layer are held for it.
         batches = [collate(chosen[i : i + 4]) for i in range(0, len(chosen), 4)]
         snapshot, every = args.output / "calibration.safetensors", args.snapshot_seconds
