@@ -44,6 +44,7 @@ setup(
         "export": EXPORT,
         "ecosystem": ECOSYSTEM,  # what tests/test_ecosystem_*.py tries the package with
         "test": [
+            "datasets",
             "hypothesis",
             "pytest",
             "pytest-benchmark",
