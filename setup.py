@@ -3,7 +3,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 EXPORT = ["onnx", "onnxscript", "onnxruntime"]
-ECOSYSTEM = ["peft", "sentence-transformers", "trl"]
+ECOSYSTEM = ["bitsandbytes", "peft", "sentence-transformers", "trl"]
 PAGES = ["playwright", "nbclient", "ipykernel"]  # to open pages in Chromium, and to run the notebook
 
 setup(
