@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: demo demo-lm bench test slow lint clean package kernels-check gpu families soak
+.PHONY: demo demo-lm bench test slow lint clean package versions kernels-check gpu families soak
 
 $(VENV)/.ready: setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -34,6 +34,12 @@ slow: $(VENV)/.ready
 # An sdist, the wheel made from it, and the wheel in an environment of its own.
 package: $(VENV)/.ready
 	$(PY) -m pytest -m slow tests/test_package.py
+
+# A few tests, end to end, under the least and the newest Python, torch and transformers: each in an environment of its own (tox, in
+# pyproject.toml), which takes builds of torch of several GB. One of them: .venv/bin/python -m tox -e lowest
+versions: $(VENV)/.ready
+	$(PY) -m pip install --quiet --disable-pip-version-check -e ".[versions]"
+	PYENV_VERSION=$${PYENV_VERSION:-$$(pyenv versions --bare 2>/dev/null | paste -sd:)} $(PY) -m tox
 
 # SmolLM2-135M, killed a dozen times while it is calibrated and planned: the same bytes. The log, bench/results/soak.md, says how long.
 soak: $(VENV)/.ready
@@ -80,4 +86,4 @@ gpu: $(VENV)/.ready
 	$(PY) -m bench.kernels.measured out/kernels-gpu.json
 
 clean:
-	rm -rf $(VENV) $(KERNELS) out build *.egg-info
+	rm -rf $(VENV) $(KERNELS) .tox out build *.egg-info

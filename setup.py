@@ -3,7 +3,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 EXPORT = ["onnx", "onnxscript", "onnxruntime"]
-ECOSYSTEM = ["peft", "sentence-transformers", "trl"]
+ECOSYSTEM = ["bitsandbytes", "peft", "sentence-transformers", "trl"]
 PAGES = ["playwright", "nbclient", "ipykernel"]  # to open pages in Chromium, and to run the notebook
 
 setup(
@@ -20,11 +20,11 @@ setup(
         "jactus_kernels": ["py.typed", "measured/*.csv"],
     },
     entry_points={"console_scripts": ["jactus = jactus.app.main:main"]},
-    # A lower bound only: an installed torch satisfies it and is never replaced.
+    # Lower bounds only, which `make versions` tries: an installed torch satisfies its own and is never replaced.
     install_requires=[
         "torch>=2.6",
         "triton; platform_system == 'Linux'",
-        "transformers>=5.0",
+        "transformers>=5.1",  # 5.0 reads the pivots of some layers back as floats
         "accelerate",  # transformers imports it to load any checkpoint that carries a quantization_config
         "safetensors",
         "numpy",
@@ -44,6 +44,7 @@ setup(
         "export": EXPORT,
         "ecosystem": ECOSYSTEM,  # what tests/test_ecosystem_*.py tries the package with
         "test": [
+            "datasets",
             "hypothesis",
             "pytest",
             "pytest-benchmark",
@@ -59,5 +60,6 @@ setup(
         # PEFT's CorDA imports attrs without declaring it
         "bench": ["peft", "attrs", "eigentune==0.2.0", "gguf", "onnx", "pillow"],
         "lint": ["ruff==0.17.6", "mypy==2.4.1"],
+        "versions": ["tox>=4.30", "tox-uv"],
     },
 )

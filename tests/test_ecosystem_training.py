@@ -1,10 +1,12 @@
 """Trained by others' loops: Trainer with everything on, accelerate, PEFT over a folded model, TRL."""
 
 import copy
+import importlib
+import os
 
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers import BertConfig, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 import jactus
 from jactus.model.lowrank import core_layers
@@ -91,6 +93,43 @@ def test_accelerates_loop_is_the_plain_loop(tmp_path):
         assert torch.allclose(ours.get_parameter(name), p, atol=1e-6), name
     jactus.save_pretrained(ours, tmp_path, is_main_process=accelerator.is_main_process)
     assert same(weights(BERT.auto.from_pretrained(tmp_path)), weights(ours))
+
+
+def test_an_8_bit_optimizer_trains_the_cores(tmp_path):
+    """bitsandbytes' on the CPU: each moment of a core in a byte a number, and from a checkpoint on as without a stop."""
+    if os.environ.get("CI"):
+        importlib.import_module("bitsandbytes")
+    pytest.importorskip("bitsandbytes")
+    config = BertConfig(
+        vocab_size=64, hidden_size=128, num_hidden_layers=1, num_attention_heads=2, intermediate_size=160, num_labels=3
+    )
+
+    def made():
+        torch.manual_seed(0)
+        model = BERT.auto.from_config(copy.deepcopy(config)).eval()
+        return jactus.adapt(model, BERT.batches(), 0.7, EVERY, progress=False)
+
+    def run(model):
+        settings = TrainingArguments(
+            str(tmp_path), use_cpu=True, report_to=[], disable_tqdm=True, per_device_train_batch_size=4, max_steps=8,
+            save_steps=4, learning_rate=1e-3, logging_steps=1, optim="adamw_bnb_8bit", seed=0,
+        )  # fmt: skip
+        return Trainer(model=model, args=settings, train_dataset=rows_of(BERT))
+
+    model, resumed = made(), made()
+    before = weights(model)
+    first = run(model)
+    first.train()
+    losses = [log["loss"] for log in first.state.log_history if "loss" in log]
+    assert sum(losses[4:]) < sum(losses[:4])
+    large = [layer.core for layer in core_layers(model).values() if layer.core.numel() >= 4096]  # else it keeps float32
+    state = first.optimizer.state
+    assert large
+    assert all(state[core][moment].dtype == torch.uint8 for core in large for moment in ("state1", "state2"))
+    changed = {name for name, p in weights(model).items() if not torch.equal(p, before[name])}
+    assert {f"{name}.core" for name in core_layers(model)} <= changed <= trainable(model)
+    run(resumed).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert same(weights(model), weights(resumed))
 
 
 def lora_over_folded():

@@ -13,9 +13,11 @@ from torch import nn
 
 import jactus
 from jactus import JactusError, can_export, export_model
+from jactus.export import load_model
 from jactus.model.lowrank import compressed_layers, core_layers
 from tests.models import BERT, EVERY, FAMILIES, GPT2, LLAMA, compressed
 from tests.plain import plain
+from tests.test_damaged_files import little_memory
 
 # Run in a process where jactus cannot be imported; a .pt2 must not need transformers either.
 ALONE = """
@@ -192,6 +194,45 @@ def test_the_dense_form_is_an_ordinary_checkpoint(elsewhere):
         model, folder, *_ = elsewhere[f"dense {name}"]
         assert "quantization_config" not in json.loads((folder / "config.json").read_text())
         assert core_layers(model)
+
+
+def claims(folder, key, value, of):
+    """What config.json says of every layer whose `key` is `of` (None: of all), and of the model where it has such a size."""
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    for kept in config["quantization_config"]["layers"].values():
+        for each in ("m", "n") if key == "size" else (key,):
+            if of in (None, kept[each]):
+                kept[each] = value
+    if key == "size":
+        config["intermediate_size"] = value
+    file.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    "key, value, of, said",
+    [
+        ("rank", 10**9, None, "claims of bert.* what cannot be"),
+        ("m", 10**30, None, "claims of bert.* what cannot be"),
+        ("rank", "7", None, "claims of bert.* what cannot be"),
+        ("size", 10**8, 24, "claims of bert.* what cannot be or is not there"),
+        ("size", 1000, 24, r"claims layers of [\d,]+ numbers, and the weight files hold"),
+        ("n", 23, 24, "no layer of 16×23 in this model"),
+    ],
+)
+def test_the_loader_allocates_nothing_for_what_is_not_there(key, value, of, said, tmp_path):
+    export_model(compressed(BERT, EVERY), tmp_path, "torch")
+    claims(tmp_path, key, value, of)
+    with little_memory(), pytest.raises(ValueError, match=said):
+        load_model.load(tmp_path)
+
+
+def test_the_loader_refuses_ten_terabytes_in_a_header(tmp_path):
+    export_model(compressed(BERT, EVERY), tmp_path, "torch")
+    claim = json.dumps({"x": {"dtype": "F32", "shape": [2500, 10**9], "data_offsets": [0, 10**13]}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(claim).to_bytes(8, "little") + claim + b"\0" * 64)
+    with little_memory(), pytest.raises(ValueError, match=r"model\.safetensors is truncated or corrupted"):
+        load_model.load(tmp_path)
 
 
 def refused(model, to, why, path, example=None):

@@ -149,7 +149,9 @@ class JactusQuantizer(HfQuantizer):
         put(model, self.quantization_config.layers, partly=type(model).__name__ not in saved)
         check_claims(model, self.quantization_config.layers, paths)
         tripwires = "|".join(re.escape(name) for name in compressed_layers(model))
-        model._keys_to_ignore_on_load_unexpected |= {rf"^({tripwires})\.weight$"}
+        ignored = model._keys_to_ignore_on_load_unexpected
+        kind = set if isinstance(ignored, set) else list  # in older transformers a list, or None
+        model._keys_to_ignore_on_load_unexpected = kind([*(ignored or ()), rf"^({tripwires})\.weight$"])
 
     def _check_files(self, paths: list[str]) -> None:
         """Compare weight files with their digests, when the checkpoint has any."""

@@ -6,12 +6,15 @@
 The weights stay as small as they are stored, r(m+n−r) numbers a layer of rank r. This file belongs to the folder: copy it along.
 """
 
+import math
 import os
 import re
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 import transformers
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 
@@ -59,25 +62,57 @@ class CompactLinear(nn.Module):
 
 
 def load(folder: str | os.PathLike, **kwargs: Any) -> transformers.PreTrainedModel:
-    """The model of `folder`, in eval mode; kwargs are those of `from_pretrained` (dtype, device_map, …)."""
+    """The model of `folder`, in eval mode; kwargs are those of `from_pretrained` (dtype, device_map, …).
+
+    Raises ValueError, before anything is allocated, where config.json claims layers that the model or the weight files do not have.
+    """
     config = transformers.AutoConfig.from_pretrained(folder)
     layers = vars(config).pop("quantization_config")["layers"]
+    if os.path.isdir(folder):
+        check(layers, Path(folder))
     model_class = getattr(transformers, config.architectures[0])
 
     class Compact(model_class):  # type: ignore[misc, valid-type]
-        _keys_to_ignore_on_load_unexpected: ClassVar[set[str]] = {
+        _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [
             *(model_class._keys_to_ignore_on_load_unexpected or ()),
             *(
                 rf"^{re.escape(name)}\.weight$" for name in layers
             ),  # empty, to stop readers that know nothing of these layers
-        }
+        ]
 
         def __init__(self, *args: Any, **options: Any) -> None:
             super().__init__(*args, **options)
+            places = dict(self.named_modules())
             for name, kept in layers.items():
+                shape = (kept["m"], kept["n"])
+                found = getattr(places.get(name), "weight", None)
+                if found is None or tuple(found.shape) != (shape[::-1] if kept["transposed"] else shape):
+                    raise ValueError(f"{folder}/config.json: {name} is no layer of {shape[0]}×{shape[1]} in this model")
                 self.set_submodule(name, CompactLinear(kept))
 
     Compact.__name__ = model_class.__name__  # by which transformers knows what is special about it
     model = Compact.from_pretrained(folder, config=config, **kwargs)
     model.__class__ = model_class
     return model
+
+
+def check(layers: Any, folder: Path) -> None:
+    """Raise ValueError where a record of layers is none that was ever written, or they are of more numbers than the files hold."""
+    held = 0
+    for path in folder.glob("*.safetensors"):
+        try:
+            with safe_open(path, framework="pt") as file:
+                held += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+        except (SafetensorError, OSError) as e:
+            raise ValueError(f"{path} is truncated or corrupted ({e}); copy it again") from e
+    for name, kept in layers.items():
+        m, n, rank = (kept.get(key) for key in ("m", "n", "rank"))
+        if not all(type(count) is int for count in (m, n, rank)) or not 0 < rank <= min(m, n) <= max(m, n) <= held:
+            raise ValueError(f"{folder}/config.json claims of {name} what cannot be or is not there: {kept}")
+    with torch.device("meta"):
+        claimed = sum(t.numel() for kept in layers.values() for t in CompactLinear(kept).state_dict().values())
+    if claimed > held:
+        raise ValueError(
+            f"{folder}/config.json claims layers of {claimed:,} numbers, and the weight files hold {held:,}: they do not belong "
+            "together; copy the folder again"
+        )
