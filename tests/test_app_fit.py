@@ -107,7 +107,8 @@ def test_answers_alone_are_learned_where_there_is_a_prompt(brought):
         assert labelled[-1] == encoded.processor.eos_token_id
     seen, trained = next(iter(encoded.calibration(2))), encoded.train[:2]
     for row, labels, ids in zip(trained, seen["labels"], seen["input_ids"]):  # the prompt's loss counts there too
-        assert -100 in row["labels"] and labels[: len(row["labels"])].tolist() == row["input_ids"]
+        assert -100 in row["labels"]
+        assert labels[: len(row["labels"])].tolist() == row["input_ids"]
         assert ids[: len(row["labels"])].tolist() == row["input_ids"]
     short = encoding.encode(data, Settings(**{**vars(settings), "max_length": 8}))
     assert all(len(row["input_ids"]) <= 8 for row in short.train)

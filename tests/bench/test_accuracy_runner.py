@@ -98,12 +98,15 @@ def test_parts_of_a_taken_rate_are_all_tried_and_the_best_of_them_counts():
     base = Entry("wikipedia", "lora", 1.0, GRID, (0,))
     longer = dataclasses.replace(matrix.varied(base, task="wikipedia-long"), parts=(0.5, 1.0))
     rows = [row(task="wikipedia", lr=lr, validation=30.0 if lr == 2e-3 else 40.0) for lr in GRID]
-    assert wanted([longer], rows[:2]) == [] and chosen_rate(longer, rows) is None
+    assert wanted([longer], rows[:2]) == []
+    assert chosen_rate(longer, rows) is None
     assert [c.lr for c in wanted([longer], rows)] == [1e-3, 2e-3]
     rows.append(row(task="wikipedia-long", lr=2e-3, validation=25.0))
-    assert chosen_rate(longer, rows) == 2e-3 and [c.lr for c in wanted([longer], rows)] == [1e-3]
+    assert chosen_rate(longer, rows) == 2e-3
+    assert [c.lr for c in wanted([longer], rows)] == [1e-3]
     rows.append(row(task="wikipedia-long", lr=1e-3, validation=24.0))
-    assert chosen_rate(longer, rows) == 1e-3 and wanted([longer], rows) == []
+    assert chosen_rate(longer, rows) == 1e-3
+    assert wanted([longer], rows) == []
 
 
 def test_a_lower_perplexity_is_the_better_one():
