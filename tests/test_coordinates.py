@@ -8,10 +8,10 @@ import torch
 
 import jactus
 from jactus import JactusError
-from jactus.compression.coordinates import RELATIVE_STEP
+from jactus.compression.coordinates import OF_LANGUAGE, RELATIVE_STEP
 from jactus.model.lowrank import core_layers
 from jactus.planning.subspace import metric
-from tests.models import BERT, SMALL, compressed, planned
+from tests.models import BERT, LLAMA, SMALL, compressed, planned
 
 CONFIGS = {
     "square": {},
@@ -58,10 +58,14 @@ def test_the_reach_is_how_far_random_steps_move_the_layer(changes):
 
 
 def test_the_rate_moves_the_layers_by_the_same_part_whatever_the_budget_and_the_scale_of_the_weights(tmp_path):
-    for config in (changed(), changed(budget=0.4), changed(core_width=1.5)):
-        small = compressed(BERT, config)
+    cases = (
+        *((BERT, changed(**of), RELATIVE_STEP) for of in ({}, {"budget": 0.4}, {"core_width": 1.5})),
+        (LLAMA, changed(), OF_LANGUAGE),
+    )
+    for family, config, step in cases:
+        small = compressed(family, config)
         logs = [math.log(jactus.learning_rate(small) * layer.reach) for layer in core_layers(small).values()]
-        assert math.exp(sum(logs) / len(logs)) == pytest.approx(RELATIVE_STEP)
+        assert math.exp(sum(logs) / len(logs)) == pytest.approx(step)
     plan = planned("bert", changed())
     found, lower = (jactus.learning_rate(jactus.compress(BERT.model(), p)) for p in (plan, plan.at(0.3)))
     assert lower > found, "low ranks bear larger steps"

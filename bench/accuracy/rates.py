@@ -16,7 +16,7 @@ from .. import rows as files
 from ..report import named, table, versions
 from .choice import SEEDS, Entry, chosen_rate, tried_rates
 from .matrix import STAGES
-from .methods import variant
+from .methods import needs_all, variant
 from .store import Row
 from .tasks import TASKS, calibrated, prepared
 
@@ -24,7 +24,8 @@ from .tasks import TASKS, calibrated, prepared
 def chosen(rows: list[Row], tasks: list[str]) -> dict[tuple[str, str], dict[Entry, float]]:
     """For each task on which JACTUS has tried a whole grid: its entries, one a budget, and the rates that were best."""
     found: dict[tuple[str, str], dict[Entry, float]] = {}
-    entries = (e for stage in STAGES.values() for e in stage() if e.task in tasks and e.method == "jactus" and e.grid)
+    entries = (e for stage in STAGES.values() for e in stage() if e.task in tasks and e.method == "jactus")
+    entries = (e for e in entries if e.grid or len(e.parts) > 1)
     for e in {(e.task, e.method, e.budget): e for e in entries}.values():
         if (best := chosen_rate(e, rows)) is not None:
             found.setdefault((e.task, e.method), {})[e] = best
@@ -42,7 +43,9 @@ def main() -> None:
     for (name, method), entries in chosen(rows, args.task or list(TASKS)).items():
         task, seed = TASKS[name], SEEDS[0]
         case = prepared(task, "fitted", seed)
-        statistics = calibrated(task, case, task.calibration, seed, "fitted", None if args.float32 else torch.bfloat16)
+        autocast = None if args.float32 else torch.bfloat16
+        whole = needs_all(method, case.model)
+        statistics = calibrated(task, case, task.calibration, seed, "fitted", autocast, whole)
         plan = jactus.plan(case.model, statistics, variant(method).config, progress=False)  # type: ignore[union-attr]
         for e, best in entries.items():
             rate = jactus.learning_rate(jactus.compress(copy.deepcopy(case.model), plan.at(e.budget)))

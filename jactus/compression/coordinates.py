@@ -8,12 +8,13 @@ from torch import Tensor, nn
 from jactus_kernels import JactusError
 
 from ..config import JactusConfig
+from ..model.families import output_embedding
 from ..model.lowrank import core_layers
 from ..planning.plans import Plan, PlannedLayer
 
-# What was best moved the layers by 0.15% to 0.3% a step, on three text tasks at 80% and a language model at 80% and 50%, over 16 to 376
-# steps: `python -m bench.accuracy.rates`.
-RELATIVE_STEP = 0.0025
+# What was best moved the layers by 0.25% a step on three text tasks; in a language model by 0.2% over 16 steps, and by 0.1% or less over
+# 125 and 138, on questions and on text: `python -m bench.accuracy.rates`.
+RELATIVE_STEP, OF_LANGUAGE = 0.0025, 0.001
 
 
 def change_coordinates(
@@ -86,13 +87,13 @@ def factors(layer: PlannedLayer, rank: int, config: JactusConfig, step: float) -
 
 
 def learning_rate(model: nn.Module) -> float:
-    """A rate for Adam or AdamW to start from: at it a step moves the layers by 0.25%, in their geometric mean over those with a
-    core, in the metric of their plan and were the signs of the step random (our choice).
+    """A rate for Adam or AdamW to start from: at it a step moves the layers by 0.25%, in a model with an output embedding by 0.1%, in
+    their geometric mean over those with a core, in the metric of their plan and were the signs of the step random (our choice).
 
     It depends on model, task, budget and configuration, and is known of a model that was compressed or reloaded. In the default
-    coordinates it was 0.96 to 1.35 times the best of a grid, on three text tasks at 80% and a language model at 80% and 50%.
-    Other batch sizes and longer training bear other rates, as with any method; the head may take the same. Where the loss is on
-    the answers alone, as of questions, it is too high: half of it did better in a first look (LOG.md), so try lower ones there.
+    coordinates it was within a few hundredths of the best of a grid on three text tasks. A language model bears twice as much over a
+    dozen steps, and half as much where the loss is on answers alone. Other batch sizes and longer training bear other rates, as with
+    any method; the head may take the same.
 
     Raises JactusError where no layer has a core, or the checkpoint is of before this was recorded.
     """
@@ -107,4 +108,5 @@ def learning_rate(model: nn.Module) -> float:
             f"none of the {len(layers)} three-factor layers of {type(model).__name__} knows how far its steps reach "
             "(a checkpoint of before that was recorded does not); compress the original model again, or choose a rate by hand"
         )
-    return RELATIVE_STEP / math.exp(math.fsum(map(math.log, reaches)) / len(reaches))
+    step = RELATIVE_STEP if output_embedding(model) is None else OF_LANGUAGE
+    return step / math.exp(math.fsum(map(math.log, reaches)) / len(reaches))
