@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from .. import report
 from ..accuracy.tasks import PICTURES
+from ..questions import SETS
 from . import families
 from .figures import SHORT, demo_of, matching, span
 from .tables import RESULTS, Line, one_line, one_table, tables
@@ -75,13 +76,17 @@ LANGUAGE_SHOWN = ("full", "lora", "jactus 80%", "svd-llm+lora 80%", "jactus 50%"
 LANGUAGE_COLUMNS = ("wikipedia", "openwebtext", "wikipedia-long", "deployed", "in training", "trainable")
 
 
-def pictures() -> str:
-    """What was measured of DINOv2-small so far."""
-    name, heading = SHORT["pictures"]
+QUESTIONS_SHOWN = ("full", "lora", "dora", "rslora", "hira", "jactus 80%", "svd-llm+lora 80%", "jactus 50%", "svd-llm+lora 50%",
+                   "svd-llm-compact+lora 50%")  # fmt: skip
+
+
+def so_far(kind: str, shown: Sequence[str], columns: Sequence[str]) -> str:
+    """Some rows and columns of a full table of which not all is measured yet."""
+    name, heading = SHORT[kind]
     if not any(heading in title for title in tables(name)):
         return "No row is measured yet."
     there = {next(iter(line.values())) for line in one_table(name, heading)}
-    return selected(name, heading, [method for method in PICTURES_SHOWN if method in there], PICTURES_COLUMNS)
+    return selected(name, heading, [method for method in shown if method in there], columns)
 
 
 # A default as JactusConfig has it, and what was tried instead with that setting's name in the rows.
@@ -259,7 +264,9 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "headline": headline,
     "text": functools.partial(selected, *SHORT["text"], TEXT_SHOWN, TEXT_COLUMNS),
     "images": functools.partial(selected, *SHORT["images"], IMAGES_SHOWN, IMAGES_COLUMNS),
-    "pictures": pictures,
+    "pictures": functools.partial(so_far, "pictures", PICTURES_SHOWN, PICTURES_COLUMNS),
+    "arc": functools.partial(so_far, "arc", QUESTIONS_SHOWN, ("arc-easy", "deployed", "in training", "trainable")),
+    "questions": functools.partial(so_far, "questions", QUESTIONS_SHOWN, (*SETS, "mean", "− LoRA, paired", "untrained")),
     "language": functools.partial(selected, *SHORT["perplexity"], LANGUAGE_SHOWN, LANGUAGE_COLUMNS),
     "defaults": defaults,
     "costs": costs,

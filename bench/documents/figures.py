@@ -23,6 +23,8 @@ SHORT = {
     "pictures": ("accuracy.md", "training, %: DINOv2-small"),
     "pictures-lead": ("accuracy.md", "ahead, DINOv2-small"),
     "perplexity": ("accuracy.md", "Perplexity"),
+    "arc": ("accuracy.md", "ARC-Easy alone"),
+    "questions": ("accuracy.md", "Commonsense, %"),
     "at-80%": ("pairs/accuracy.md", "at a time, 80%: accuracy"),
     "at-35%": ("pairs/accuracy.md", "at a time, 35%: accuracy"),
     "language-at-80%": ("pairs/accuracy.md", "at a time, 80%: perplexity"),

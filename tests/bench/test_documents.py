@@ -115,7 +115,7 @@ def test_a_table_of_pictures_has_what_is_measured(monkeypatch):
     for text, expected in ((full, "| lora "), ("", "No row is measured yet.")):
         monkeypatch.setattr(tables, "full", lambda name, text=text: text)
         tables.tables.cache_clear()
-        assert expected in blocks.pictures()
+        assert expected in blocks.so_far("pictures", blocks.PICTURES_SHOWN, blocks.PICTURES_COLUMNS)
     tables.tables.cache_clear()
 
 
