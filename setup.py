@@ -3,7 +3,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 EXPORT = ["onnx", "onnxscript", "onnxruntime"]
-ECOSYSTEM = ["bitsandbytes", "peft", "sentence-transformers", "trl"]
+ECOSYSTEM = ["peft", "sentence-transformers", "trl"]
 PAGES = ["playwright", "nbclient", "ipykernel"]  # to open pages in Chromium, and to run the notebook
 
 setup(
@@ -42,6 +42,7 @@ setup(
         "fit": ["pandas", "pyarrow", "pillow"],
         "examples": ["pillow", "psutil"],
         "export": EXPORT,
+        "eight-bit": ["bitsandbytes"],  # apart from the others, whose import it makes print a line
         "ecosystem": ECOSYSTEM,  # what tests/test_ecosystem_*.py tries the package with
         "test": [
             "datasets",

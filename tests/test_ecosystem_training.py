@@ -1,8 +1,6 @@
 """Trained by others' loops: Trainer with everything on, accelerate, PEFT over a folded model, TRL."""
 
 import copy
-import importlib
-import os
 
 import pytest
 import torch
@@ -95,11 +93,9 @@ def test_accelerates_loop_is_the_plain_loop(tmp_path):
     assert same(weights(BERT.auto.from_pretrained(tmp_path)), weights(ours))
 
 
+@pytest.mark.slow
 def test_an_8_bit_optimizer_trains_the_cores(tmp_path):
     """bitsandbytes' on the CPU: each moment of a core in a byte a number, and from a checkpoint on as without a stop."""
-    if os.environ.get("CI"):
-        importlib.import_module("bitsandbytes")
-    pytest.importorskip("bitsandbytes")
     config = BertConfig(
         vocab_size=64, hidden_size=128, num_hidden_layers=1, num_attention_heads=2, intermediate_size=160, num_labels=3
     )

@@ -34,8 +34,9 @@ HEADLINE = ("full", "lora", "dora", "jactus 80%", "svd-llm+lora 80%", "jactus 35
 
 
 def headline() -> str:
-    """The README's one table: text, images and language side by side."""
-    text, images, language = (one_table("accuracy.md", SHORT[kind][1]) for kind in ("text", "images", "perplexity"))
+    """The README's one table: text, images, questions and language side by side."""
+    kinds = "text", "images", "questions", "perplexity"
+    text, images, questions, language = (one_table("accuracy.md", SHORT[kind][1]) for kind in kinds)
 
     def at(lines: list[Line], method: str, column: str) -> str:
         line = next((x for x in lines if next(iter(x.values())) == method), {})
@@ -46,8 +47,18 @@ def headline() -> str:
         name, _, budget = method.partition(" ")
         scores = (at(text, method, "mean"), at(text, method, "− LoRA, paired"), at(images, method, "digits"))
         size = (at(text, method, "deployed"), at(text, method, "trainable"))
-        found.append((f"{NAMES[name]} {budget}".strip(), *scores, at(language, method, "wikipedia"), *size))
-    header = ("method", "text, %", "− LoRA", "images, %", "perplexity (less is better)", "deployed", "trains")
+        others = (at(questions, method, "mean"), at(language, method, "wikipedia"))
+        found.append((f"{NAMES[name]} {budget}".strip(), *scores, *others, *size))
+    header = (
+        "method",
+        "text, %",
+        "− LoRA",
+        "images, %",
+        "questions, %",
+        "perplexity (less is better)",
+        "deployed",
+        "trains",
+    )
     return report.table(header, found)
 
 
