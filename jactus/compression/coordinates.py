@@ -92,7 +92,7 @@ def learning_rate(model: nn.Module) -> float:
 
     It depends on model, task, budget and configuration, and is known of a model that was compressed or reloaded. In the default
     coordinates it was within a few hundredths of the best of a grid on three text tasks. A language model bears twice as much over a
-    dozen steps, and half as much where the loss is on answers alone. Other batch sizes and longer training bear other rates, as with
+    dozen steps, and a half or a quarter where the loss is on answers alone. Other batch sizes and longer training bear other rates, as with
     any method; the head may take the same.
 
     Raises JactusError where no layer has a core, or the checkpoint is of before this was recorded.
