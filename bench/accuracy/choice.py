@@ -35,8 +35,8 @@ def chosen_rate(entry: Entry, rows: list[Row]) -> float | None:
     tried = tried_rates(entry, rows)
     if entry.like:
         rates = taken_rates(entry, rows)
-        if len(rates) < 2:
-            return rates[0] if rates else None
+        if len(rates) == 1:
+            return rates[0]
         tried = {lr: tried[lr] for lr in rates if lr in tried}
     elif any(lr not in tried for lr in entry.grid):
         return None

@@ -165,8 +165,8 @@ def prepared(task: Task, head: str, seed: int, device: str = "cpu") -> Case:
     torch.manual_seed(seed if head == "random" else 0)
     case = task.load()
     case.model.to(device)
-    if isinstance(case.training, questions.Asked) or task.metric != "accuracy" or head == "random":
-        return case  # a language model has no head to fit
+    if not _has_head(task, case) or head == "random":
+        return case
     classifier = case.model.classifier
 
     def fit(file: Path) -> None:
@@ -175,6 +175,11 @@ def prepared(task: Task, head: str, seed: int, device: str = "cpu") -> Case:
 
     classifier.load_state_dict(load_file(_once(f"head-{task.name}-{HEAD_L2:g}{_on(device)}", fit)))
     return case
+
+
+def _has_head(task: Task, case: Case) -> bool:
+    """Whether there is a head to fit: a language model has none."""
+    return task.metric == "accuracy" and not isinstance(case.training, questions.Asked)
 
 
 def calibrated(
@@ -191,7 +196,7 @@ def calibrated(
             jactus.calibrate(case.model, seen, config, progress=False).save(file)
 
     how = "float32" if autocast is None else "autocast"
-    if head == "fitted" and task.name in (*TEXT, *VISION, *PICTURES):
+    if head == "fitted" and _has_head(task, case):
         head += f"-{HEAD_L2:g}"
     if not whole:
         head += "-smaller-sides"
@@ -207,10 +212,8 @@ def calibration_batches(task: Task, case: Case, rows: int, seed: int) -> list[di
     """Training rows drawn by `seed`; of questions the loss is on all tokens, since the answers' are too few to calibrate on."""
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(case.training), generator=generator)[:rows].tolist()
-    seen = list(batches(case.training.take(chosen), task.batch_size, seed=seed))
-    if isinstance(case.training, questions.Asked):
-        seen = [b | {"labels": b["input_ids"].masked_fill(b["attention_mask"] == 0, -100)} for b in seen]
-    return seen
+    examples = case.training.texts() if isinstance(case.training, questions.Asked) else case.training
+    return list(batches(examples.take(chosen), task.batch_size, seed=seed))
 
 
 def _once(name: str, make: Callable[[Path], None]) -> Path:

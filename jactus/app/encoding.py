@@ -41,7 +41,7 @@ class Batches:
 @dataclass(frozen=True)
 class Encoded:
     """Training and validation rows as a model reads them. `processor` is the tokenizer or image processor; `form` says how a
-    prompt is written; `to_calibrate` are the training rows with other labels, if calibration wants some."""
+    prompt is written, `of_answers` whether labels are on answers alone."""
 
     train: Any
     validation: Any
@@ -49,13 +49,14 @@ class Encoded:
     processor: Any
     at_a_time: int
     form: str = ""
-    to_calibrate: Any = None
+    of_answers: bool = False
 
     def calibration(self, rows: int) -> Batches:
-        """The first training rows, which are in an order by the seed."""
-        chosen = self.train if self.to_calibrate is None else self.to_calibrate
-        if isinstance(chosen, list):
-            chosen = chosen[:rows]
+        """The first training rows, which are in an order by the seed. Answers alone are too few tokens to calibrate on (LOG.md): the
+        loss is on prompts as well."""
+        chosen = self.train[:rows] if isinstance(self.train, list) else self.train
+        if self.of_answers:
+            chosen = [row | {"labels": list(row["input_ids"])} for row in chosen]
         if isinstance(chosen, Images):
             chosen = Images(chosen.rows[:rows], chosen.classes, chosen.processor)
         return Batches(chosen, self.at_a_time, self.collate)
@@ -103,9 +104,9 @@ def encode(data: Data, settings: Settings) -> Encoded:
     if data.found.task == "instructions":
         pairs = [_answers(processor, rows, most) for rows in (data.train, data.validation)]
         form = "the tokenizer's chat template" if processor.chat_template else "a prompt, a line break, the answer"
-        # Answers alone are too few tokens to calibrate on (LOG.md): the loss is on the prompt as well.
-        whole = [row | {"labels": list(row["input_ids"])} for row in pairs[0]]
-        return Encoded(pairs[0], pairs[1], DataCollatorForSeq2Seq(processor), processor, at_a_time, form, whole)
+        return Encoded(
+            pairs[0], pairs[1], DataCollatorForSeq2Seq(processor), processor, at_a_time, form, of_answers=True
+        )
     encoded = [_classified(processor, rows, classes, most) for rows in (data.train, data.validation)]
     return Encoded(encoded[0], encoded[1], DataCollatorWithPadding(processor), processor, at_a_time)
 
