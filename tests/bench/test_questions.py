@@ -4,7 +4,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench import questions
-from bench.accuracy.tasks import Task
+from bench.accuracy.tasks import Case, Task, calibration_batches
 from bench.questions import Asked, Question
 from bench.training import batches
 from examples import llama_commonsense
@@ -88,6 +88,16 @@ def test_the_right_answers_tokens_alone_are_trained_on():
             assert batch["labels"][row, len(context) : end].tolist() == answer
             assert int((batch["labels"][row] != -100).sum()) == len(answer)
             assert int(batch["attention_mask"][row].sum()) == end
+
+
+def test_calibration_sees_the_same_tokens_with_a_loss_on_all_of_them():
+    few = asked()
+    case = Case(model(), few[:5], few, few)
+    (trained,) = batches(few.take(range(5)), 5, seed=0)
+    (seen,) = calibration_batches(Task("t", "accuracy", lambda: case, batch_size=5), case, 5, 0)
+    rows = {tuple(ids[mask == 1].tolist()) for ids, mask in zip(trained["input_ids"], trained["attention_mask"])}
+    assert rows == {tuple(ids[mask == 1].tolist()) for ids, mask in zip(seen["input_ids"], seen["attention_mask"])}
+    assert torch.equal(seen["labels"], seen["input_ids"].masked_fill(seen["attention_mask"] == 0, -100))
 
 
 def test_questions_as_completions():
