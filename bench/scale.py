@@ -46,7 +46,7 @@ CONFIGS = {
     "ViT-L": _shape(VIT, 1024, 4096, 24, 16),
     "ViT-H": _shape(VIT, 1280, 5120, 32, 16, patch_size=14),
 }
-# Two blocks with the shapes of Llama-2-7B's and its vocabulary, their sides divided. Whole, they take an hour of one thread.
+# Two blocks with the shapes of Llama-2-7B's and its vocabulary, their sides divided. Whole, they take 40 minutes of one thread.
 BLOCKS = {"llama-2-7b": 1, "llama-2-7b-half": 2, "llama-2-7b-quarter": 4}
 SMOLLM2 = _shape(
     LLAMA, 576, 1536, 30, 9, num_key_value_heads=3, vocab_size=49152, tie_word_embeddings=True, dtype="float32"
