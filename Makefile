@@ -29,7 +29,7 @@ test: $(VENV)/.ready
 
 # Every test that `make test` leaves out: each mode of torch.compile, more graphs, and the package.
 slow: $(VENV)/.ready
-	$(PY) -m pip install --quiet --disable-pip-version-check -e ".[eight-bit]"
+	$(PY) -m pip install --quiet --disable-pip-version-check -e ".[eight-bit,zero]"
 	$(PY) -m pytest -m slow
 
 # An sdist, the wheel made from it, and the wheel in an environment of its own.

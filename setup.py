@@ -43,6 +43,7 @@ setup(
         "examples": ["pillow", "psutil"],
         "export": EXPORT,
         "eight-bit": ["bitsandbytes"],  # apart from the others, whose import it makes print a line
+        "zero": ["deepspeed"],
         "ecosystem": ECOSYSTEM,  # what tests/test_ecosystem_*.py tries the package with
         "test": [
             "datasets",

@@ -25,6 +25,7 @@ from jactus_kernels import JactusError
 
 from ..model.lowrank import CoreLinear, FoldedLinear, LowRankLinear, compressed_layers, replace_module
 from ..model.pivots import is_order
+from ..model.sharded import whole_shape
 from ..model.targets import looks_linear
 from .checks import check_claims, check_places, check_record
 from .writing import unfinished
@@ -86,7 +87,7 @@ def _describe_layer(layer: LowRankLinear, model: nn.Module) -> dict[str, Any]:
             kept["width"] = layer.width
         if math.isfinite(layer.reach):
             kept["reach"] = layer.reach
-        kept["trainable_rank"] = None if layer.block is None else layer.block.shape[0]
+        kept["trainable_rank"] = None if layer.block is None else whole_shape(layer.block)[0]
         # always: a model loaded in bfloat16 still trains its cores as they were stored
         kept["core_dtype"] = str(layer.core.dtype).removeprefix("torch.")
     return kept

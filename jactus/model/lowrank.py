@@ -13,6 +13,7 @@ from jactus_kernels import JactusError
 
 from .offload import is_offloaded
 from .pivots import pivots
+from .sharded import whole_shape
 
 
 class LowRankLinear(nn.Module, ABC):
@@ -148,7 +149,7 @@ class CoreLinear(LowRankLinear):
     @property
     def width(self) -> int:
         """The longer side of the core."""
-        return max(self.core.shape)
+        return max(whole_shape(self.core))
 
     @torch.no_grad()
     def hold(self, U: Tensor, C: Tensor, V: Tensor, dtype: torch.dtype, core_dtype: torch.dtype) -> None:
