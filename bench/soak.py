@@ -1,10 +1,11 @@
-"""SmolLM2-135M calibrated and planned under a third of the memory that one pass takes, killed again and again, to the same bits.
+"""SmolLM2-135M calibrated and planned by two processes under a third of the memory that one pass takes, killed again and again, to
+the same bits.
 
 python -m bench.soak                 writes bench/results/soak.md
 
-A run is a process of its own, `python -m bench.soak run FOLDER LIMIT`: what a user's script would be. It is killed by SIGKILL at
-random moments and started again, until it was killed KILLS times; the files it ends with are compared, byte for byte, with those
-of a run that nobody disturbed. For runs of several processes put a launcher before `COMMAND`.
+A run is RANKS processes, `python -m bench.soak run FOLDER LIMIT MEETING RANK`: what a user's script would be. Both are killed by
+SIGKILL at random moments and started again, until they were killed KILLS times; the files they end with are compared, byte for byte,
+with those of a run that nobody disturbed.
 """
 
 import os
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 import jactus
 from jactus.calibration.passes import sum_bytes
@@ -30,28 +32,36 @@ from .models import smollm2
 
 RESULTS = Path(__file__).parent / "results" / "soak.md"
 COMMAND = (sys.executable, "-m", "bench.soak", "run")
+RANKS = 2
 KILLS, IN_CALIBRATION = 12, 8
-SEQUENCES, TOKENS = 3, 32
+SEQUENCES, TOKENS = 4, 32
 # A plan of all thirty blocks takes minutes, and is made again and again.
 PLANNED = r"model\.layers\.[0-2]\..*_proj"
 FILES = ("statistics.safetensors", "plan.safetensors")
 
 
-def run(folder: Path, limit: int) -> None:
-    """What is killed: says on stdout when a stage begins."""
+def run(folder: Path, limit: int, meeting: str, rank: int) -> None:
+    """What is killed: rank 0 says on stdout when a stage begins."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=RANKS)
+    group = dist.group.WORLD
     model, _ = smollm2()
     config = jactus.JactusConfig()
     statistics, plan = (folder / name for name in FILES)
-    print("calibrating", flush=True)
+    say = print if rank == 0 else lambda *_, **__: None
+    say("calibrating", flush=True)
     if not statistics.exists():
         options = {"memory_limit": limit, "resume": folder / "snapshot", "resume_every": 2.0, "save": statistics}
-        jactus.calibrate(model, _batches(), config, verify=False, progress=False, **options)
-    print("planning", flush=True)
+        jactus.calibrate(model, _batches()[rank::RANKS], config, verify=False, progress=False, group=group, **options)
+    dist.barrier()
+    say("planning", flush=True)
     sums = jactus.Statistics.load(statistics)
-    made = jactus.plan(model, sums, config.replace(target_modules=PLANNED), progress=False)
-    print("writing", flush=True)
-    made.save(plan)
-    print("done", flush=True)
+    made = jactus.plan(model, sums, config.replace(target_modules=PLANNED), progress=False, group=group)
+    say("writing", flush=True)
+    if rank == 0:
+        made.save(plan)
+    dist.barrier()
+    say("done", flush=True)
 
 
 def _batches() -> list[dict[str, torch.Tensor]]:
@@ -62,7 +72,7 @@ def _batches() -> list[dict[str, torch.Tensor]]:
 
 @dataclass
 class Attempt:
-    """A start of the run: how it ended, in which stage, how long after that began, and the most memory it held."""
+    """A start of the run: how it ended, in which stage, how long after that began, and the most memory a process of it held."""
 
     killed: bool
     stage: str
@@ -72,26 +82,34 @@ class Attempt:
 
 
 def attempt(folder: Path, limit: int, stage: str = "", after: float = 0.0) -> Attempt:
-    """Start the run, and kill it `after` seconds of that stage; or let it come to its end."""
-    process = subprocess.Popen([*COMMAND, str(folder), str(limit)], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    began: dict[str, float] = {}
-    for line in process.stdout:
-        began[line.strip()] = time.monotonic()
-        if line.strip() == stage:
-            break
-    if stage in began:
-        time.sleep(after)
-        process.send_signal(signal.SIGKILL)
-        for line in process.stdout:  # what it still said
+    """Start the run, and kill its processes `after` seconds of that stage; or let it come to its end."""
+    with tempfile.TemporaryDirectory() as meeting:
+        common = (*COMMAND, str(folder), str(limit), f"{meeting}/here")
+        ranks = [
+            subprocess.Popen([*common, str(rank)], stdout=subprocess.PIPE if rank == 0 else None, text=True)
+            for rank in range(RANKS)
+        ]
+        assert ranks[0].stdout is not None
+        began: dict[str, float] = {}
+        for line in ranks[0].stdout:
             began[line.strip()] = time.monotonic()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode not in (0, -signal.SIGKILL):
-        raise SystemExit(f"a run in {folder} ended with {process.returncode}")
+            if line.strip() == stage:
+                break
+        if stage in began:
+            time.sleep(after)
+            for process in ranks:
+                process.send_signal(signal.SIGKILL)
+            for line in ranks[0].stdout:  # what it still said
+                began[line.strip()] = time.monotonic()
+        ended = [os.wait4(process.pid, 0) for process in ranks]
+    for process, (_, status, _) in zip(ranks, ended):
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode not in (0, -signal.SIGKILL):
+            raise SystemExit(f"a run in {folder} ended with {process.returncode}")
     last = list(began)[-1]
     spent = time.monotonic() - began[last]
-    return Attempt(process.returncode != 0, last, spent, usage.ru_maxrss * 1024, began)
+    most = max(usage.ru_maxrss for *_, usage in ended) * 1024
+    return Attempt(any(process.returncode for process in ranks), last, spent, most, began)
 
 
 def soak() -> str:
@@ -141,9 +159,9 @@ def soak() -> str:
         [
             "# Killed again and again: SmolLM2-135M",
             "",
-            f"`python -m bench.soak`: {SEQUENCES} sequences of {TOKENS} tokens through all 210 layers, and a plan of the first three "
-            f"blocks. Sums of {whole / 1e6:.0f} MB, of which {limit / 1e6:.0f} MB may be held at a time. Undisturbed: calibrated in "
-            f"{calibrating:.0f} s, planned in {planning:.0f} s, {undisturbed.bytes / 1e6:.0f} MB at the most. Then killed by SIGKILL "
+            f"`python -m bench.soak`: {SEQUENCES} sequences of {TOKENS} tokens through all 210 layers, by {RANKS} processes over gloo, and "
+            f"a plan of the first three blocks. Sums of {whole / 1e6:.0f} MB, of which {limit / 1e6:.0f} MB may be held at a time. Undisturbed: calibrated in "
+            f"{calibrating:.0f} s, planned in {planning:.0f} s, {undisturbed.bytes / 1e6:.0f} MB at the most. Then both killed by SIGKILL "
             f"{sum(each.killed for each in attempts)} times and started again each time: "
             + " and ".join(f"{name} ({sizes[name] / 1e6:.0f} MB)" for name in FILES)
             + f" are those of the undisturbed run, byte for byte, and nothing is left beside them. {time.monotonic() - started:.0f} s in "
@@ -163,7 +181,7 @@ def _say(text: str) -> None:
 
 def main(argv: list[str]) -> None:
     if argv[:1] == ["run"]:
-        run(Path(argv[1]), int(argv[2]))
+        run(Path(argv[1]), int(argv[2]), argv[3], int(argv[4]))
         return
     RESULTS.write_text(soak(), encoding="utf-8")
     print(RESULTS)

@@ -2,8 +2,8 @@
 
 import inspect
 import os
-from collections.abc import Iterable
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -83,9 +83,11 @@ def adapt(
             raise JactusError("fit_head reads the batches twice, but they come from an iterator; pass a list or loader")
         fit(model, batches, loss=loss, verify=verify, progress=progress, group=group)
     if limited:
-        how = {key: options.pop(key) for key in SUMS if key in options}
-        sums = Summing.checked(*(SUMS | how).values())
-        _by_part(model, batches, config, sums, resume, group, loss=loss, verify=verify, progress=progress, **options)
+        kept = {key: options.pop(key) for key in SUMS if key in options}
+        sums = Summing.checked(*(SUMS | kept).values())
+        how = {"loss": loss, "verify": verify, "progress": progress, **options}
+        with planned_by_part(model, batches, config, sums, resume, group, **how) as (plan, shelf):
+            compressed(model, plan, shelf)
     else:
         statistics = calibrate(
             model, batches, config, loss=loss, resume=resume, verify=verify, progress=progress, group=group, **options
@@ -104,19 +106,25 @@ SUMS: dict[str, Any] = {
 }
 
 
-def _by_part(
+@contextmanager
+def planned_by_part(
     model: nn.Module,
     batches: Iterable[Any],
     config: JactusConfig,
     sums: Summing,
     resume: str | os.PathLike | None,
-    group: Group,
+    group: Group = None,
     *,
     resume_every: float = 60.0,
     progress: bool = True,
     **options: Any,
-) -> None:
-    """`adapt` with no more in memory than the model, the sums of a part of its layers, and one layer's directions or factors."""
+) -> Iterator[tuple[Plan, Shelf]]:
+    """`calibrate` and `plan` with no more in memory than the model, the sums of a part of its layers, and one layer's directions:
+    the plan, and the shelf that its directions are on. Both are there inside the block only, and what `resume` keeps until it
+    ends well.
+
+    options: those of `calibrate`. Raises JactusError as `calibrate` and `plan` do.
+    """
     refuse_absent(find_targets(model, config))
     whole = config.with_share(output_embedding(model) is not None)
     with ExitStack() as stack:
@@ -126,7 +134,7 @@ def _by_part(
         folder = snapshots.folder or stack.enter_context(TemporaryDirectory(prefix="jactus-"))
         shelf = Shelf(folder)
         parts = by_part(model, batches, config, sums, progress=progress, group=group, snapshots=snapshots, **options)
-        compressed(model, _planned(model, parts, whole, shelf, resume, progress, group), shelf)
+        yield _planned(model, parts, whole, shelf, resume, progress, group), shelf
         snapshots.clear()
 
 

@@ -21,6 +21,7 @@ import jactus
 from jactus.app import fitting, training
 from jactus.app.record import FILE, Run
 from jactus.model.lowrank import compressed_layers
+from jactus.planning.shelf import Shelf
 from tests import app_made as made
 
 ROOT = Path(__file__).parent.parent
@@ -152,6 +153,46 @@ def test_an_interruption_anywhere_is_gone_on_from_by_the_same_command(
 
 def _raise(*args, **options):
     raise KeyboardInterrupt
+
+
+LIMIT = ("--memory-limit", "30e3")
+
+
+def test_under_a_memory_limit_layers_are_summed_and_planned_part_by_part_to_the_same_model(
+    brought, undisturbed, tmp_path, monkeypatch, capsys
+):
+    output, put, kept = tmp_path / "small", Shelf.put, []
+
+    def stopped(self, layer):
+        if len(kept) == 3:
+            raise KeyboardInterrupt
+        kept.append(layer.name)
+        put(self, layer)
+
+    monkeypatch.setattr(fitting, "calibrate", lambda *args, **options: pytest.fail("all sums were made at once"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Shelf, "put", stopped)
+        assert fit(brought, output, *LIMIT) == 130
+    assert not (output / ".work" / "calibrate").exists()
+    monkeypatch.setattr(Shelf, "put", lambda self, layer: (kept.append(layer.name), put(self, layer)))
+    assert fit(brought, output, *LIMIT, "--keep-work") == 0
+    assert len(kept) == len(set(kept)) == len(Run.load(output).layers), "what was planned was not planned again"
+    assert [p.name for p in (output / ".work" / "plan").iterdir() if p.suffix != ".json"] == ["plan.safetensors"]
+    assert not list((output / ".work").glob("factors-*"))
+    record = Run.load(output)
+    assert [stage.name for stage in record.stages] == ["head", "plan", "compress", "train", "fold"]
+    assert set(record.checks) >= set(Run.load(undisturbed).checks[:-2]), "and what some parts alone were told"
+    same(output, undisturbed)
+
+
+def test_sums_that_were_asked_for_under_a_memory_limit_are_planned_from(brought, undisturbed, tmp_path):
+    output = tmp_path / "small"
+    words = (brought / "reviews.csv", "--model", brought / "encoder", "--output", output, *LIMIT)
+    assert made.run("calibrate", *words) == 0
+    assert (output / ".work" / "calibrate" / "statistics.safetensors").exists()
+    assert fit(brought, output, *LIMIT) == 0
+    assert "calibrate" in [stage.name for stage in Run.load(output).stages]
+    same(output, undisturbed)
 
 
 KILLED = """

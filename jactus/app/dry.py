@@ -28,6 +28,7 @@ def cost(settings: Settings) -> dict[str, Any]:
     sums = Summing.checked("float32", None, 1.0, limit)
     passes = [sum(sum_bytes(t, config, sums) for t in part) for part in partition(targets, config, sums)]
     targeted = sum(t.m * t.n for t in targets.values())
+    plan = 8 * targeted  # directions in float32 up to the full rank of each layer: twice the weights
     parameters = sum(p.numel() for p in model.parameters())
     calibration, held_out = encoded.calibration(settings.calibration_rows), encoded.held_out()
     tokens = None if data.found.task == "images" else sum(len(row["input_ids"]) for row in encoded.train)
@@ -45,6 +46,6 @@ def cost(settings: Settings) -> dict[str, Any]:
         "batches to validate, in all (forward)": len(held_out) * (5 + int(settings.epochs)),
         "bytes of weights": sum(p.numel() * p.element_size() for p in model.parameters()),
         "bytes of calibration sums at a time, at most": max(passes),
-        # directions in float32 up to the full rank of each layer: twice the weights
-        "bytes of files in OUTPUT/.work, about": sum(passes) + 8 * targeted,
+        # by part the sums of one, and a layer's directions once more before they are in one file
+        "bytes of files in OUTPUT/.work, about": sum(passes) + plan if limit is None else max(passes) + 2 * plan,
     }

@@ -45,7 +45,7 @@ def finish(run: Run) -> record.Run:
     run.encoded.processor.save_pretrained(output)
     run.model = subject.CLASSES[run.data.found.task].from_pretrained(output, dtype="auto").to(subject.DEVICE).eval()
     found = score(run, "reloaded")
-    checks = run.work.stages["calibrate"]["checks"]
+    checks = run.calibration["checks"]
     checks.append(f"folding changed the logits of a validation batch by {_apart(before, folded):.1e} of their size")
     checks.append(_reloaded(folded, subject.logits(run.model, held_out), output))
     # a loss changes by no more than twice what logits do; ten times what one batch showed leaves room for the others
@@ -57,7 +57,9 @@ def finish(run: Run) -> record.Run:
             f"{trained:.6f} when trained; the stages are kept in {output / '.work'}"
         )
     sizes = _sizes(run, training)
-    seconds = {name: run.work.stages[name]["seconds"] for name in STAGES} | {"fold": time.perf_counter() - started}
+    seconds = {name: run.work.stages[name]["seconds"] for name in STAGES if name in run.work.stages} | {
+        "fold": time.perf_counter() - started
+    }
     scores = {"dense": "head", "compressed": "compress", "trained": "train"}
     made = the_plan(run)
     described = record.Run(

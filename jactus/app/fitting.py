@@ -5,8 +5,10 @@ A verb a stage goes as far as its name says. Each stage keeps its files in OUTPU
 
 import dataclasses
 import json
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -16,13 +18,16 @@ from ..calibration.head import fit_head
 from ..calibration.passes import calibrate
 from ..calibration.snapshots import DECISIVE
 from ..calibration.statistics import Statistics
+from ..calibration.summing import Summing
 from ..checkpoints import storage
 from ..checkpoints.checkpoint import load_cores, save_cores
 from ..compression.coordinates import learning_rate
-from ..compression.surgery import compress
+from ..compression.surgery import compressed as put_in
 from ..model.families import head_parameters
+from ..pipeline import planned_by_part
 from ..planning.planner import plan
 from ..planning.plans import REALLOCATES, Plan
+from ..planning.shelf import Shelf
 from . import rows, subject
 from .console import Findings, say
 from .encoding import Encoded, encode
@@ -30,6 +35,8 @@ from .rows import Data
 from .settings import Settings
 from .training import trained
 from .work import Work
+
+SNAPSHOT = "snapshot.safetensors"
 
 
 @dataclass
@@ -50,6 +57,11 @@ class Run:
         """Bytes of sums at a time; None for no limit."""
         limit = self.settings.memory_limit
         return None if limit is None else int(limit)
+
+    @property
+    def calibration(self) -> dict[str, Any]:
+        """What calibrating found, in a stage of its own or together with planning."""
+        return self.work.stages.get("calibrate") or self.work.stages["plan"]
 
 
 def begun(settings: Settings, command: list[str], findings: Findings) -> Run:
@@ -79,8 +91,11 @@ def told(settings: Settings) -> Data:
 
 
 def upto(run: Run, verb: str) -> None:
-    """Go through the stages to the one of that name."""
+    """Go through the stages to the one of that name. Under a memory limit layers are calibrated and planned part by part, unless
+    the sums of all of them were asked for."""
     stages = {"head": head, "calibrate": calibrated, "plan": planned, "compress": compressed, "train": train}
+    if run.memory_limit is not None and verb not in ("head", "calibrate") and not run.work.has("calibrate"):
+        del stages["calibrate"]
     for name, stage in stages.items():
         stage(run)
         if name == verb:
@@ -108,17 +123,26 @@ def head(run: Run) -> None:
 def calibrated(run: Run) -> None:
     """What the training rows say of every layer, as sums in a file."""
     config = run.settings.config()
-    run.of["method"] = {name: _plain(getattr(config, name)) for name in DECISIVE} | {"memory_limit": run.memory_limit}
+    run.of["method"] = _calibrated_under(run)
 
     def make(folder: Path) -> dict[str, Any]:
         run.findings.said.clear()
         chosen = run.encoded.calibration(run.settings.calibration_rows)
-        snapshot, result = folder / "snapshot.safetensors", folder / "statistics.safetensors"
+        snapshot, result = folder / SNAPSHOT, folder / "statistics.safetensors"
         sums = calibrate(run.model, chosen, config, memory_limit=run.memory_limit, resume=snapshot, save=result)
-        checks = [said for said in dict.fromkeys(run.findings.said) if not said.startswith("calibrating ")]
-        return {"checks": checks, "tokens": max(sums.tokens.values())}
+        return {"checks": _checks(run), "tokens": max(sums.tokens.values())}
 
     run.work.stage("calibrate", dict(run.of), make)
+
+
+def _calibrated_under(run: Run) -> dict[str, Any]:
+    config = run.settings.config()
+    return {name: _plain(getattr(config, name)) for name in DECISIVE} | {"memory_limit": run.memory_limit}
+
+
+def _checks(run: Run) -> list[str]:
+    """What calibrating said of the model and the data."""
+    return [said for said in dict.fromkeys(run.findings.said) if not said.startswith("calibrating ")]
 
 
 def planned(run: Run) -> None:
@@ -126,12 +150,21 @@ def planned(run: Run) -> None:
     config = run.settings.config()
     decides = {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config) if f.name not in REALLOCATES}
     timed = config.budget.latency_tokens if config.budget.unit == "latency" else None
-    run.of["method"] = run.of["method"] | decides | {"core_dtype": config.core.dtype, "latency_tokens": timed}
+    run.of["method"] = _calibrated_under(run) | decides | {"core_dtype": config.core.dtype, "latency_tokens": timed}
 
     def make(folder: Path) -> dict[str, Any]:
-        sums = Statistics.load(run.work.folder / "calibrate" / "statistics.safetensors")
-        plan(run.model, sums, config).save(folder / "plan.safetensors")
-        return {}
+        file = folder / "plan.safetensors"
+        if "calibrate" in run.work.stages:
+            sums = Statistics.load(run.work.folder / "calibrate" / "statistics.safetensors")
+            plan(run.model, sums, config).save(file)
+            return {}
+        run.findings.said.clear()
+        chosen = run.encoded.calibration(run.settings.calibration_rows)
+        sums_of = Summing.checked("float32", None, 1.0, run.memory_limit)
+        with planned_by_part(run.model, chosen, config, sums_of, folder / SNAPSHOT) as (made, _):
+            made.save(file)
+            tokens = max(layer.tokens for layer in made.layers.values())
+        return {"checks": _checks(run), "tokens": tokens}
 
     run.work.stage("plan", dict(run.of), make)
 
@@ -147,7 +180,11 @@ def compressed(run: Run) -> None:
     """The model with factors in its layers, and what it makes of the validation rows before it is trained."""
     config = run.settings.config()
     run.of["method"] = run.of["method"] | {name: _plain(getattr(config, name)) for name in REALLOCATES}
-    compress(run.model, the_plan(run))
+    with ExitStack() as stack:
+        shelf = None
+        if run.memory_limit is not None:
+            shelf = Shelf(stack.enter_context(TemporaryDirectory(dir=run.work.folder, prefix="factors-")))
+        put_in(run.model, the_plan(run), shelf)
 
     def make(folder: Path) -> dict[str, Any]:
         return {"score": score(run, "compressed"), "rate": learning_rate(run.model)}

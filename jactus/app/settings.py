@@ -45,7 +45,10 @@ class Settings:
         None,
         "Of the weights: float32 or bfloat16. By default float32 on a CPU, and on a GPU what the model is stored in.",
     )
-    memory_limit: float | None = choice(None, "Bytes of calibration sums at a time, e.g. 30e9; more takes more passes.")
+    memory_limit: float | None = choice(
+        None,
+        "Bytes of calibration sums at a time, e.g. 3e9: layers are calibrated and planned part by part, a pass over the rows each.",
+    )
     gradient_checkpointing: bool = choice(False, "Train in less memory, and more slowly.")
     keep_work: bool = choice(False, "Leave the files of the stages in OUTPUT/.work.")
     method: dict[str, Any] = field(default_factory=dict)

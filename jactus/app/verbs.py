@@ -56,7 +56,7 @@ def fit(chosen: Settings, command: list[str], as_json: bool) -> None:
 def calibrate(chosen: Settings, command: list[str], as_json: bool) -> None:
     """Sum what DATA says of every layer. Fits the head first; all is kept in OUTPUT/.work."""
     run = _upto("calibrate", chosen, command)
-    found = run.work.stages["calibrate"]
+    found = run.calibration
     _result(run, "calibrate", {"tokens": found["tokens"], "checks": found["checks"]}, as_json)
 
 

@@ -64,6 +64,10 @@ class Work:
         self.stages[name] = found
         return folder
 
+    def has(self, name: str) -> bool:
+        """Whether a stage was begun or done here."""
+        return (self.folder / name / "of.json").exists()
+
     def _spent(self, folder: Path) -> float:
         """Seconds of attempts that were interrupted, but by a kill."""
         return _read(folder / "spent.json") or 0.0
