@@ -1,6 +1,7 @@
 """The notebook runs from its first cell to its last, on a tiny model in the place of MiniLM, and is kept without outputs."""
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -46,23 +47,38 @@ class Here(KernelManager):
         )
 
 
-def test_it_runs(tiny, monkeypatch):
+def printed(folder, timeout):
+    """What the notebook prints, run in a folder of its own, since it writes a picture and a model."""
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    where = {"metadata": {"path": str(folder)}}
+    NotebookClient(notebook, timeout=timeout, resources=where, kernel_manager_class=Here).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 4
+    assert (folder / "small-model/model.safetensors").exists()
+    return "".join(output.get("text", "") for output in outputs)
+
+
+@pytest.fixture
+def here(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(NOTEBOOK.parents[1]), os.environ.get("PYTHONPATH", "")]))
+
+
+def test_it_runs(tiny, here, monkeypatch):
     monkeypatch.setenv("NOTEBOOK_MODEL", str(tiny / "model"))
     monkeypatch.setenv("NOTEBOOK_REVIEWS", str(tiny / "reviews.txt"))
     monkeypatch.setenv("NOTEBOOK_ROWS", "96")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(NOTEBOOK.parents[1]), os.environ.get("PYTHONPATH", "")]))
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
-    # in a folder of its own, since it writes a picture and a model
-    client = NotebookClient(
-        notebook, timeout=120, resources={"metadata": {"path": str(tiny)}}, kernel_manager_class=Here
-    )
-    client.execute()
-    printed = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ()))
-    assert "logits differ by" in printed
-    assert printed.count("predicted") >= 10
-    pictures = [o for cell in notebook.cells for o in cell.get("outputs", ()) if "image/png" in o.get("data", {})]
-    assert len(pictures) == 4
-    assert (tiny / "small-model/model.safetensors").exists()
+    said = printed(tiny, 120)
+    assert "logits differ by" in said
+    assert said.count("predicted") >= 10
+
+
+@pytest.mark.slow
+def test_it_says_of_minilm_what_its_text_says(here, tmp_path):
+    """Five minutes: smaller, and better than the head alone."""
+    said = printed(tmp_path, 900)
+    before, after = map(float, re.findall(r"accuracy ([\d.]+)% before, ([\d.]+)% after", said)[0])
+    assert 70 < before < after
+    assert int(re.findall(r"parameters became [\d,]+ \((\d+)%\)", said)[0]) < 90
 
 
 def test_it_is_kept_without_outputs():
