@@ -7,6 +7,7 @@ import torch
 from transformers import BertConfig
 
 import jactus
+from jactus.app import pace
 from jactus.app.estimate import estimate
 from jactus.app.main import main
 from jactus.model.lowrank import core_layers
@@ -58,6 +59,27 @@ def test_a_task_is_taken_from_one_checkpoint_and_put_into_another(checkpoint, tm
     assert "three-factor" in capsys.readouterr().err
 
 
+def test_time_goes_by_the_products_of_all_passes_and_the_cubes_of_sides(tmp_path):
+    config = BertConfig(
+        hidden_size=1024,
+        intermediate_size=2048,
+        num_hidden_layers=1,
+        num_attention_heads=16,
+        architectures=["BertModel"],
+    )
+    config.save_pretrained(tmp_path)
+    plain = jactus.JactusConfig(exclude_modules="pooler.*|.*intermediate.*|.*attention.output.*")
+    once = estimate(tmp_path, plain, tokens=1000)
+    assert [(k.count, k.m, k.n) for k in once.kinds] == [(1, 1024, 1024)] * 3 + [(1, 1024, 2048)]
+    found = pace.seconds(once, pace.Pace(once.flops, 2.0, "here"))
+    assert found["calibrate"] == pytest.approx(1.0)
+    assert found["plan"] == pytest.approx(2 * 3 + 2 * (2048 + 5 * 1024) / (6 * 1024))
+    more = estimate(tmp_path, plain, tokens=1000, memory_limit=once.sums // 2)
+    assert more.passes > 1
+    extra = pace.seconds(more, pace.Pace(1.0, 2.0, "here"))["calibrate"] - more.flops
+    assert extra == pytest.approx((more.passes - 1) * 2 * 2 * 1000 * 5 * 1024**2)
+
+
 def test_estimate_reads_a_config_alone(tmp_path, capsys):
     BertConfig(
         hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
@@ -70,6 +92,13 @@ def test_estimate_reads_a_config_alone(tmp_path, capsys):
     assert main(["estimate", str(tmp_path), "--memory-limit", "2e5", "--json"]) == 0
     parts = json.loads(capsys.readouterr().out)
     assert parts["passes"] == estimate(tmp_path, memory_limit=200_000).passes > 1
+    assert main(["estimate", str(tmp_path), "--memory-limit", "2e5", "--time", "--json"]) == 0
+    slow = json.loads(capsys.readouterr().out)
+    assert slow["seconds"].keys() == {"calibrate", "plan"}
+    assert all(taken > 0 for taken in slow["seconds"].values())
+    assert slow["sums"] == parts["sums"]
+    assert main(["estimate", str(tmp_path / "config.json"), "--time"]) == 0
+    assert "on this machine (CPU" in capsys.readouterr().out
     assert main(["estimate", str(tmp_path / "config.json")]) == 0
     assert "BertForSequenceClassification" in capsys.readouterr().out
     assert main(["estimate", str(tmp_path / "nowhere")]) == 1

@@ -177,16 +177,29 @@ def estimate(
     memory_limit: Annotated[
         float | None, typer.Option(help="Bytes of sums at a time, e.g. 2e9; all if not given.")
     ] = None,
+    time: Annotated[
+        bool, typer.Option("--time", help="Measure this machine, a few seconds, and say how long.")
+    ] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:
     """What a model will take, from its config alone: memory by stage, ranks, sizes."""
+    import torch
+
     from ..config import JactusConfig
     from . import estimate as from_config
+    from . import pace
 
     with quiet():
         limit = None if memory_limit is None else int(memory_limit)
         found = from_config.estimate(model, JactusConfig().replace(budget=budget), memory_limit=limit)
-    print(json.dumps(asdict(found), indent=1) if json_ else from_config.table(found))
+        measured = pace.measured(getattr(torch, found.dtype)) if time else None
+    if json_:
+        told = {"seconds": pace.seconds(found, measured)} if measured else {}
+        print(json.dumps(asdict(found) | told, indent=1))
+        return
+    print(from_config.table(found))
+    if measured:
+        print(f"\n{pace.line(found, measured)}")
 
 
 def take_cores(
