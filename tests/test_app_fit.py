@@ -185,6 +185,16 @@ def test_under_a_memory_limit_layers_are_summed_and_planned_part_by_part_to_the_
     same(output, undisturbed)
 
 
+def test_a_limit_that_is_given_later_is_kept(brought, undisturbed, tmp_path, monkeypatch):
+    output = tmp_path / "small"
+    with monkeypatch.context() as patch:
+        patch.setattr(fitting, "calibrate", _raise)
+        assert fit(brought, output) == 130
+    monkeypatch.setattr(fitting, "calibrate", lambda *args, **options: pytest.fail("all sums were made at once"))
+    assert fit(brought, output, *LIMIT) == 0
+    same(output, undisturbed)
+
+
 def test_sums_that_were_asked_for_under_a_memory_limit_are_planned_from(brought, undisturbed, tmp_path):
     output = tmp_path / "small"
     words = (brought / "reviews.csv", "--model", brought / "encoder", "--output", output, *LIMIT)

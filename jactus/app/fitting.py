@@ -94,9 +94,9 @@ def upto(run: Run, verb: str) -> None:
     """Go through the stages to the one of that name. Under a memory limit layers are calibrated and planned part by part, unless
     the sums of all of them were asked for."""
     stages = {"head": head, "calibrate": calibrated, "plan": planned, "compress": compressed, "train": train}
-    if run.memory_limit is not None and verb not in ("head", "calibrate") and not run.work.has("calibrate"):
-        del stages["calibrate"]
     for name, stage in stages.items():
+        if name == "calibrate" != verb and run.memory_limit is not None and not _has_sums(run):
+            continue
         stage(run)
         if name == verb:
             return
@@ -133,6 +133,11 @@ def calibrated(run: Run) -> None:
         return {"checks": _checks(run), "tokens": max(sums.tokens.values())}
 
     run.work.stage("calibrate", dict(run.of), make)
+
+
+def _has_sums(run: Run) -> bool:
+    """Whether `jactus calibrate` was begun or done with these settings."""
+    return run.work.holds("calibrate", run.of | {"method": _calibrated_under(run)})
 
 
 def _calibrated_under(run: Run) -> dict[str, Any]:

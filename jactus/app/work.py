@@ -34,7 +34,7 @@ class Work:
         """The folder of a stage with its files, which `make` writes unless they are there; it returns what is to be kept in
         `done.json`. `of`: what determines the stage, by names that a person knows."""
         folder = self.folder / name
-        of = json.loads(json.dumps(_flat(of)))
+        of = _as_kept(of)
         before = _read(folder / "of.json")
         if before is not None and before != of:
             changed = [key for key in {**before, **of} if before.get(key) != of.get(key)]
@@ -64,9 +64,9 @@ class Work:
         self.stages[name] = found
         return folder
 
-    def has(self, name: str) -> bool:
-        """Whether a stage was begun or done here."""
-        return (self.folder / name / "of.json").exists()
+    def holds(self, name: str, of: dict[str, Any]) -> bool:
+        """Whether a stage that is determined so was begun or done here."""
+        return _read(self.folder / name / "of.json") == _as_kept(of)
 
     def _spent(self, folder: Path) -> float:
         """Seconds of attempts that were interrupted, but by a kill."""
@@ -99,6 +99,12 @@ def check_output(output: Path) -> None:
     if held:
         what = "a finished run" if "jactus-run.json" in held else held[0]
         raise JactusError(f"{output} holds {what}; choose another --output, or take it away")
+
+
+def _as_kept(of: dict[str, Any]) -> dict[str, Any]:
+    """What determines a stage, as its file has it."""
+    kept: dict[str, Any] = json.loads(json.dumps(_flat(of)))
+    return kept
 
 
 def _flat(values: dict[str, Any], above: str = "") -> dict[str, Any]:
