@@ -53,6 +53,9 @@ def run(folder: Path, limit: int, meeting: str, rank: int) -> None:
     if not statistics.exists():
         options = {"memory_limit": limit, "resume": folder / "snapshot", "resume_every": 2.0, "save": statistics}
         jactus.calibrate(model, _batches()[rank::RANKS], config, verify=False, progress=False, group=group, **options)
+    else:  # killed when that was written, and its snapshot still there
+        for left in folder.glob(f"*snapshot.rank{rank}of{RANKS}*"):
+            left.unlink()
     dist.barrier()
     say("planning", flush=True)
     sums = jactus.Statistics.load(statistics)
@@ -98,7 +101,9 @@ def attempt(folder: Path, limit: int, stage: str = "", after: float = 0.0) -> At
         if stage in began:
             time.sleep(after)
             for process in ranks:
-                process.send_signal(signal.SIGKILL)
+                os.kill(
+                    process.pid, signal.SIGKILL
+                )  # one that has ended waits to be asked how, and is not asked by this
             for line in ranks[0].stdout:  # what it still said
                 began[line.strip()] = time.monotonic()
         ended = [os.wait4(process.pid, 0) for process in ranks]

@@ -26,7 +26,7 @@ from .config import JactusConfig
 from .model.families import output_embedding
 from .model.targets import find_targets, refuse_absent
 from .planning.planner import assembled, plan_layers, planned, times_of
-from .planning.plans import Plan
+from .planning.plans import Plan, makes_spectra
 from .planning.shelf import Shelf
 
 
@@ -83,8 +83,8 @@ def adapt(
             raise JactusError("fit_head reads the batches twice, but they come from an iterator; pass a list or loader")
         fit(model, batches, loss=loss, verify=verify, progress=progress, group=group)
     if limited:
-        kept = {key: options.pop(key) for key in SUMS if key in options}
-        sums = Summing.checked(*(SUMS | kept).values())
+        kept = {name: options.pop(key) for name, key in SUMS.items() if key in options}
+        sums = Summing.checked(**kept)
         how = {"loss": loss, "verify": verify, "progress": progress, **options}
         with planned_by_part(model, batches, config, sums, resume, group, **how) as (plan, shelf):
             compressed(model, plan, shelf)
@@ -98,11 +98,12 @@ def adapt(
     return model
 
 
-SUMS: dict[str, Any] = {
-    "statistics_dtype": "float32",
-    "statistics_device": None,
-    "loss_scale": 1.0,
-    "memory_limit": None,
+# What `Summing.checked` calls arguments of `calibrate`.
+SUMS = {
+    "dtype": "statistics_dtype",
+    "device": "statistics_device",
+    "loss_scale": "loss_scale",
+    "memory_limit": "memory_limit",
 }
 
 
@@ -129,7 +130,7 @@ def planned_by_part(
     whole = config.with_share(output_embedding(model) is not None)
     with ExitStack() as stack:
         snapshots = stack.enter_context(
-            Snapshots(own_file(resume), resume_every, whole, sums, model, config.replace(budget=1.0).to_dict())
+            Snapshots(own_file(resume), resume_every, whole, sums, model, makes_spectra(config))
         )
         folder = snapshots.folder or stack.enter_context(TemporaryDirectory(prefix="jactus-"))
         shelf = Shelf(folder)

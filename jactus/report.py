@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from .model.lowrank import LowRankLinear, compressed_layers, core_layers
+from .model.sharded import whole_shape
 from .planning.allocation import parameters as deployed
 from .planning.plans import Plan
 
@@ -30,16 +31,20 @@ def size(model: nn.Module) -> Size:
     trainable = [p for p in parameters if p.requires_grad]
     saved = 0
     for layer in core_layers(model).values():
-        own = sum(p.numel() for n, p in layer.named_parameters() if n != "bias")
+        own = sum(_count(p) for n, p in layer.named_parameters() if n != "bias")
         saved += own - int(deployed(layer.out_features, layer.in_features, layer.rank))
-    stored = sum(p.numel() for p in parameters)
+    stored = sum(map(_count, parameters))
     return Size(
         stored,
         stored - saved,
-        sum(p.numel() for p in trainable),
-        sum(2 * p.numel() * p.element_size() for p in trainable),
-        sum(p.numel() * p.element_size() for p in parameters),
+        sum(map(_count, trainable)),
+        sum(2 * _count(p) * p.element_size() for p in trainable),
+        sum(_count(p) * p.element_size() for p in parameters),
     )
+
+
+def _count(p: nn.Parameter) -> int:
+    return whole_shape(p).numel()
 
 
 def rank_map(plan: Plan, path: str | os.PathLike) -> None:

@@ -195,10 +195,55 @@ def test_a_limit_that_is_given_later_is_kept(brought, undisturbed, tmp_path, mon
     same(output, undisturbed)
 
 
+def test_another_allocation_goes_on_from_what_is_planned_and_other_spectra_do_not(
+    brought, tmp_path, monkeypatch, capsys
+):
+    output, put, kept = tmp_path / "small", Shelf.put, []
+    recipe = tmp_path / "recipe.yaml"
+
+    def stopped(self, layer):
+        if len(kept) == 3:
+            raise KeyboardInterrupt
+        kept.append(layer.name)
+        put(self, layer)
+
+    monkeypatch.setattr(Shelf, "put", stopped)
+    assert fit(brought, output, *LIMIT) == 130
+    kept.append("more")
+    recipe.write_text("uniform_part: 0.9\ncore_width: 2.0\n")
+    assert fit(brought, output, *LIMIT, "--config", recipe) == 0
+    assert len(kept) == 1 + len(Run.load(output).layers)
+    assert "done again" not in capsys.readouterr().err
+    others = tmp_path / "others"
+    assert made.run("plan", *words(brought, others), *LIMIT) == 0
+    recipe.write_text("rank_multiple: 8\n")
+    capsys.readouterr()
+    assert made.run("plan", *words(brought, others), *LIMIT, "--config", recipe) == 0
+    assert "plan: done again, since method.rank_multiple was 16, is 8" in capsys.readouterr().err
+
+
+def words(brought, output):
+    return (brought / "reviews.csv", "--model", brought / "encoder", "--output", output)
+
+
+def test_a_plan_from_sums_that_are_gone_knows_what_they_found(brought, undisturbed, tmp_path):
+    output = tmp_path / "small"
+    given = words(brought, output)
+    assert made.run("calibrate", *given, *LIMIT) == 0
+    assert made.run("plan", *given, *LIMIT) == 0
+    left = output / ".work" / "factors"
+    left.mkdir()
+    (left / "of a run that was killed").write_text("")
+    assert made.run("calibrate", *given) == 0  # of all, in one pass
+    assert fit(brought, output, *LIMIT, "--keep-work") == 0
+    assert not left.exists()
+    assert set(Run.load(output).checks) >= set(Run.load(undisturbed).checks[:-2])
+    same(output, undisturbed)
+
+
 def test_sums_that_were_asked_for_under_a_memory_limit_are_planned_from(brought, undisturbed, tmp_path):
     output = tmp_path / "small"
-    words = (brought / "reviews.csv", "--model", brought / "encoder", "--output", output, *LIMIT)
-    assert made.run("calibrate", *words) == 0
+    assert made.run("calibrate", *words(brought, output), *LIMIT) == 0
     assert (output / ".work" / "calibrate" / "statistics.safetensors").exists()
     assert fit(brought, output, *LIMIT) == 0
     assert "calibrate" in [stage.name for stage in Run.load(output).stages]

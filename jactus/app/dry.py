@@ -15,8 +15,8 @@ from .training import steps
 from .work import check_output
 
 
-def cost(settings: Settings) -> dict[str, Any]:
-    """Counts by name. Raises JactusError as the run would before it begins."""
+def cost(settings: Settings, verb: str = "fit") -> dict[str, Any]:
+    """Counts by name, of a run from the start. Raises JactusError as the run would before it begins."""
     check_output(Path(settings.output))
     data = told(settings)
     encoded = encode(data, settings)
@@ -25,10 +25,14 @@ def cost(settings: Settings) -> dict[str, Any]:
     targets = find_targets(model, config)
     config = config.with_share(output_embedding(model) is not None)
     limit = None if settings.memory_limit is None else int(settings.memory_limit)
-    sums = Summing.checked("float32", None, 1.0, limit)
+    sums = Summing.checked(memory_limit=limit)
     passes = [sum(sum_bytes(t, config, sums) for t in part) for part in partition(targets, config, sums)]
     targeted = sum(t.m * t.n for t in targets.values())
     plan = 8 * targeted  # directions in float32 up to the full rank of each layer: twice the weights
+    if verb == "calibrate":  # in passes, the sums of each and then all of them in one file
+        files = sum(passes) * (1 if limit is None else 2)
+    else:  # by part, the sums of one, and directions apart before they are in one file
+        files = sum(passes) + plan if limit is None else max(passes) + 2 * plan
     parameters = sum(p.numel() for p in model.parameters())
     calibration, held_out = encoded.calibration(settings.calibration_rows), encoded.held_out()
     tokens = None if data.found.task == "images" else sum(len(row["input_ids"]) for row in encoded.train)
@@ -46,6 +50,5 @@ def cost(settings: Settings) -> dict[str, Any]:
         "batches to validate, in all (forward)": len(held_out) * (5 + int(settings.epochs)),
         "bytes of weights": sum(p.numel() * p.element_size() for p in model.parameters()),
         "bytes of calibration sums at a time, at most": max(passes),
-        # by part the sums of one, and a layer's directions once more before they are in one file
-        "bytes of files in OUTPUT/.work, about": sum(passes) + plan if limit is None else max(passes) + 2 * plan,
+        "bytes of files in OUTPUT/.work, about": files,
     }

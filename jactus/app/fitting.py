@@ -5,10 +5,10 @@ A verb a stage goes as far as its name says. Each stage keeps its files in OUTPU
 
 import dataclasses
 import json
-from contextlib import ExitStack
+import shutil
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from ..compression.surgery import compressed as put_in
 from ..model.families import head_parameters
 from ..pipeline import planned_by_part
 from ..planning.planner import plan
-from ..planning.plans import REALLOCATES, Plan
+from ..planning.plans import REALLOCATES, Plan, makes_spectra
 from ..planning.shelf import Shelf
 from . import rows, subject
 from .console import Findings, say
@@ -61,7 +61,7 @@ class Run:
     @property
     def calibration(self) -> dict[str, Any]:
         """What calibrating found, in a stage of its own or together with planning."""
-        return self.work.stages.get("calibrate") or self.work.stages["plan"]
+        return self.work.stages.get("plan") or self.work.stages["calibrate"]
 
 
 def begun(settings: Settings, command: list[str], findings: Findings) -> Run:
@@ -130,9 +130,15 @@ def calibrated(run: Run) -> None:
         chosen = run.encoded.calibration(run.settings.calibration_rows)
         snapshot, result = folder / SNAPSHOT, folder / "statistics.safetensors"
         sums = calibrate(run.model, chosen, config, memory_limit=run.memory_limit, resume=snapshot, save=result)
-        return {"checks": _checks(run), "tokens": max(sums.tokens.values())}
+        return _found(run, sums.tokens.values())
 
     run.work.stage("calibrate", dict(run.of), make)
+
+
+def _found(run: Run, tokens: Iterable[int]) -> dict[str, Any]:
+    """What calibrating said of the model and the data, and how many tokens a layer saw."""
+    said = [said for said in dict.fromkeys(run.findings.said) if not said.startswith("calibrating ")]
+    return {"checks": said, "tokens": max(tokens)}
 
 
 def _has_sums(run: Run) -> bool:
@@ -145,31 +151,23 @@ def _calibrated_under(run: Run) -> dict[str, Any]:
     return {name: _plain(getattr(config, name)) for name in DECISIVE} | {"memory_limit": run.memory_limit}
 
 
-def _checks(run: Run) -> list[str]:
-    """What calibrating said of the model and the data."""
-    return [said for said in dict.fromkeys(run.findings.said) if not said.startswith("calibrating ")]
-
-
 def planned(run: Run) -> None:
     """Directions and spectra of every layer, from which ranks follow for any budget."""
     config = run.settings.config()
-    decides = {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config) if f.name not in REALLOCATES}
-    timed = config.budget.latency_tokens if config.budget.unit == "latency" else None
-    run.of["method"] = _calibrated_under(run) | decides | {"core_dtype": config.core.dtype, "latency_tokens": timed}
+    run.of["method"] = _calibrated_under(run) | _plain(makes_spectra(config))
 
     def make(folder: Path) -> dict[str, Any]:
         file = folder / "plan.safetensors"
-        if "calibrate" in run.work.stages:
+        if found := run.work.stages.get("calibrate"):
             sums = Statistics.load(run.work.folder / "calibrate" / "statistics.safetensors")
             plan(run.model, sums, config).save(file)
-            return {}
+            return {"checks": found["checks"], "tokens": found["tokens"]}
         run.findings.said.clear()
         chosen = run.encoded.calibration(run.settings.calibration_rows)
-        sums_of = Summing.checked("float32", None, 1.0, run.memory_limit)
-        with planned_by_part(run.model, chosen, config, sums_of, folder / SNAPSHOT) as (made, _):
+        limit = Summing.checked(memory_limit=run.memory_limit)
+        with planned_by_part(run.model, chosen, config, limit, folder / SNAPSHOT) as (made, _):
             made.save(file)
-            tokens = max(layer.tokens for layer in made.layers.values())
-        return {"checks": _checks(run), "tokens": tokens}
+            return _found(run, [layer.tokens for layer in made.layers.values()])
 
     run.work.stage("plan", dict(run.of), make)
 
@@ -185,11 +183,14 @@ def compressed(run: Run) -> None:
     """The model with factors in its layers, and what it makes of the validation rows before it is trained."""
     config = run.settings.config()
     run.of["method"] = run.of["method"] | {name: _plain(getattr(config, name)) for name in REALLOCATES}
-    with ExitStack() as stack:
-        shelf = None
-        if run.memory_limit is not None:
-            shelf = Shelf(stack.enter_context(TemporaryDirectory(dir=run.work.folder, prefix="factors-")))
-        put_in(run.model, the_plan(run), shelf)
+    factors = run.work.folder / "factors"
+    shutil.rmtree(factors, ignore_errors=True)  # of a run that was killed
+    shelf = None
+    if run.memory_limit is not None:
+        factors.mkdir()
+        shelf = Shelf(factors)
+    put_in(run.model, the_plan(run), shelf)
+    shutil.rmtree(factors, ignore_errors=True)
 
     def make(folder: Path) -> dict[str, Any]:
         return {"score": score(run, "compressed"), "rate": learning_rate(run.model)}

@@ -28,7 +28,7 @@ def with_settings(verb: Callable[..., None]) -> Callable[..., None]:
             if not getattr(chosen, name):
                 raise typer.BadParameter(f"{word} is missing: {chosen.help(name)}")
         if dry_run:
-            _dry_run(chosen, json)
+            _dry_run(chosen, verb.__name__, json)
         else:
             verb(chosen, list(context.obj or ()), json)
 
@@ -60,11 +60,11 @@ def _annotated(f: Any) -> Any:
     return Annotated[f.type | None, typer.Option(help=f.metadata["help"] + shown, show_default=False)]
 
 
-def _dry_run(chosen: Settings, as_json: bool) -> None:
+def _dry_run(chosen: Settings, verb: str, as_json: bool) -> None:
     with quiet():
         from . import dry
 
-        found = dry.cost(chosen)
+        found = dry.cost(chosen, verb)
     if as_json:
         print(dumps(found, indent=1))
         return

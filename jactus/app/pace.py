@@ -25,9 +25,14 @@ class Pace:
     where: str
 
 
+def here() -> torch.device:
+    """The GPU, where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def measured(dtype: torch.dtype, device: torch.device | None = None) -> Pace:
-    """The pace of a device (None: the GPU, where there is one). On a CPU weights are float32, as `jactus fit` loads them."""
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The pace of a device (None: the GPU, where there is one)."""
+    device = device or here()
     square = torch.randn(SIDE, SIDE, device=device)
     W = square.double() / SIDE**0.5
     G = W @ W.T
@@ -40,13 +45,14 @@ def measured(dtype: torch.dtype, device: torch.device | None = None) -> Pace:
         directions(W, metric(G, 0.01, device), seen_metric(G, 1.0, 0.01, device), SIDE, 0)
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    kinds = {torch.float32, dtype} if device.type == "cuda" else {torch.float32}
-    return Pace(min(map(product, kinds)), _seconds(layer, device, 3), name)
+    return Pace(min(map(product, {torch.float32, dtype})), _seconds(layer, device, 3), name)
 
 
 def seconds(e: Estimate, pace: Pace) -> dict[str, float]:
-    """What calibrating and planning take by stage, at the least: reading, attention and the disk are not counted."""
-    again = (e.passes - 1) * 4.0 * e.targeted * e.tokens  # forward and backward of all layers, in each pass
+    """What calibrating and planning take by stage, at the least: attention, reading and the disk are not counted."""
+    again = (
+        (e.passes - 1) * 2.0 * e.targeted * e.tokens
+    )  # each pass goes forward through all layers, and back to its first
     planning = sum(k.count * _work(k.m, k.n) for k in e.kinds) / _work(SIDE, SIDE)
     return {"calibrate": (e.flops + again) / pace.flops, "plan": planning * pace.layer}
 

@@ -191,15 +191,18 @@ def estimate(
 
     with quiet():
         limit = None if memory_limit is None else int(memory_limit)
-        found = from_config.estimate(model, JactusConfig().replace(budget=budget), memory_limit=limit)
-        measured = pace.measured(getattr(torch, found.dtype)) if time else None
+        config = JactusConfig().replace(budget=budget)
+        found = from_config.estimate(model, config, memory_limit=limit)
+        if time:
+            # as `jactus fit` loads weights
+            dtype = getattr(torch, found.dtype) if pace.here().type == "cuda" else torch.float32
+            run, measured = from_config.estimate(model, config, dtype=dtype, memory_limit=limit), pace.measured(dtype)
     if json_:
-        told = {"seconds": pace.seconds(found, measured)} if measured else {}
-        print(json.dumps(asdict(found) | told, indent=1))
+        print(json.dumps(asdict(found) | ({"seconds": pace.seconds(run, measured)} if time else {}), indent=1))
         return
     print(from_config.table(found))
-    if measured:
-        print(f"\n{pace.line(found, measured)}")
+    if time:
+        print(f"\n{pace.line(run, measured)}")
 
 
 def take_cores(

@@ -18,7 +18,9 @@ class Summing:
     memory_limit: int | None = None
 
     @classmethod
-    def checked(cls, dtype: Any, device: Any, loss_scale: Any, memory_limit: Any) -> "Summing":
+    def checked(
+        cls, dtype: Any = "float32", device: Any = None, loss_scale: Any = 1.0, memory_limit: Any = None
+    ) -> "Summing":
         """As `calibrate` was given them. Raises JactusError naming the argument and what it may be."""
         named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
         if named not in (torch.float32, torch.float64):

@@ -19,6 +19,7 @@ from ..checkpoints.checkpoint import save_pretrained
 from ..checkpoints.writing import atomic, together
 from ..compression.surgery import fold, merge
 from ..model.lowrank import compressed_layers, core_layers
+from ..model.sharded import is_sharded
 from . import graphs, load_model
 
 FORMS = {
@@ -53,6 +54,8 @@ def _obstacle(model: nn.Module, to: str, example: Mapping[str, Tensor] | None) -
     kind = type(model).__name__
     if model.training:
         return f"{kind} is in training mode, with its dropout; call model.eval() first"
+    if is_sharded(model):
+        return f"the parameters of {kind} are spread over processes; write it with jactus.save_pretrained, and export what is reloaded"
     for name, layer in core_layers(model).items():
         if not torch.isfinite(layer.effective_core).all():
             return f"{name} ({layer}) has a core that is not finite: training diverged; load an older checkpoint"

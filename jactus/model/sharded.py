@@ -50,12 +50,13 @@ def whole_state(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _gathered(model: nn.Module) -> dict[str, Tensor]:
-    """`whole_state` under ZeRO-3, a parameter at a time."""
+    """`whole_state` under ZeRO-3, a parameter at a time, and a tied one once."""
     from deepspeed.runtime.zero import GatheredParameters
 
-    whole: dict[str, Tensor] = {}
-    for name, t in model.state_dict(keep_vars=True).items():
+    state = model.state_dict(keep_vars=True)
+    whole: dict[int, Tensor] = {}
+    for t in {id(t): t for t in state.values()}.values():
         with GatheredParameters([t], enabled=_partitioned(t)):
             if dist.get_rank() == 0:
-                whole[name] = t.detach().to("cpu", copy=True)
-    return whole
+                whole[id(t)] = t.detach().to("cpu", copy=True)
+    return {name: whole[id(t)] for name, t in state.items() if id(t) in whole}

@@ -115,6 +115,17 @@ class PlannedLayer:
 REALLOCATES = ("budget", "allocation", "core", "trainable_extras")
 
 
+def makes_spectra(config: JactusConfig) -> dict[str, Any]:
+    """What of a configuration decides a plan's spectra and directions, and not only its ranks, in plain values."""
+    timed = config.budget.latency_tokens if config.budget.unit == "latency" else None
+    beside = {
+        "rank_multiple": config.allocation.rank_multiple,
+        "core_dtype": config.core.dtype,
+        "latency_tokens": timed,
+    }
+    return {name: value for name, value in config.to_dict().items() if name not in REALLOCATES} | beside
+
+
 def _setting(config: JactusConfig, name: str) -> Any:
     return attrgetter(name)(config)
 
