@@ -11,7 +11,7 @@ import torch
 import jactus
 from jactus import JactusError, Tasks
 from jactus.model.lowrank import core_layers
-from tests.models import BERT, EVERY, compressed
+from tests.models import BERT, EVERY, LLAMA, compressed
 
 
 def train(model, seed):
@@ -96,6 +96,78 @@ def test_the_average_of_tasks_is_the_average_of_their_weights(two):
         ]
         for found, one, other in pairs:  # each number of the average is rounded once, to 6e-8 of itself
             assert (found - (a * one + b * other)).norm() <= 1e-6 * (one.norm() + other.norm())
+
+
+MIXED = ["second", "first", "first", "second", "second"]
+
+
+def test_rows_of_one_batch_are_each_of_their_own_task(two):
+    tasks, alone = two
+    batch = BERT.batch(rows=len(MIXED))
+    batch.pop("labels")
+    forwards = {name: module.forward for name, module in tasks.model.named_modules()}
+    with torch.no_grad(), tasks.rows(MIXED):
+        found = tasks.model.eval()(**batch).logits
+    with torch.no_grad():
+        right = {name: model.eval()(**batch).logits for name, model in alone.items()}
+    assert not torch.allclose(right["first"], right["second"], atol=1e-2)
+    for i, name in enumerate(MIXED):
+        assert torch.allclose(found[i], right[name][i], atol=1e-5), (i, name)
+    assert all("forward" not in vars(m) or m.forward == forwards[name] for name, m in tasks.model.named_modules())
+    assert torch.equal(logits(tasks.model), logits(alone[tasks.active]))
+
+
+def test_rows_take_the_active_task_as_it_is_now(two):
+    tasks, _ = two
+    tasks.set_active("first")
+    train(tasks.model, 5)
+    batch = {**BERT.batch(), "labels": None}
+    with torch.no_grad():
+        right = tasks.model.eval()(**batch).logits
+        with tasks.rows(["first"] * len(right)):
+            assert torch.equal(tasks.model(**batch).logits, right)
+
+
+def test_prompts_of_two_tasks_are_generated_from_together():
+    model = compressed(LLAMA, EVERY)
+    tasks = Tasks(model, "first")
+    tasks.add("second")
+    for seed, name in enumerate(tasks):
+        tasks.set_active(name)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.3)
+        for _ in range(4):
+            model(**LLAMA.batch(rows=4, seed=seed)).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    ids = LLAMA.batch(rows=1)["input_ids"][:, :4].expand(2, -1)
+    how = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False}
+    right = []
+    for name in ("second", "first"):
+        tasks.set_active(name)
+        right.append(model.eval().generate(ids[:1], **{**how, "attention_mask": how["attention_mask"][:1]})[0])
+    with tasks.rows(["second", "first"]):
+        found = model.generate(ids, **how)
+    assert not torch.equal(*right)
+    assert torch.equal(found, torch.stack(right))
+
+
+def test_rows_that_cannot_be_told_apart_are_refused(two):
+    tasks, alone = two
+    batch = {**BERT.batch(rows=4), "labels": None}
+    cases = [
+        (["first"] * 3, r"was given \(4, .*and 3 rows have a task"),
+        ([], "there is none"),
+        (["first", "third"], "no task 'third'"),
+    ]
+    for names, said in cases:
+        with pytest.raises(JactusError, match=said), tasks.rows(names):
+            tasks.model(**batch)
+    with pytest.raises(JactusError, match="was not called"), tasks.rows(["first"] * 4):
+        tasks.model.bert(batch["input_ids"])  # and no head
+    tasks._held[next(name for name in tasks if name != tasks.active)].popitem()
+    with pytest.raises(JactusError, match="in one of 'first' and 'second' alone"), tasks.rows(["first", "second"]):
+        pass
+    assert torch.equal(logits(tasks.model), logits(alone[tasks.active]))
 
 
 def test_sets_are_counted_and_are_small_beside_a_model_each(two):

@@ -2,9 +2,13 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from jactus_kernels import JactusError
 
@@ -15,8 +19,7 @@ class Tasks:
     """Named sets of cores (with the head and whatever else trains) for one model with three-factor layers.
 
     The active set is in the model: train it there; switching away takes along what it has become. Switching copies the sets'
-    numbers and no bases, so that a compiled or captured model goes on. The whole model has one task at a time: examples of
-    one batch that are of several tasks are run a task at a time.
+    numbers and no bases, so that a compiled or captured model goes on. Rows of one batch may be of several tasks: `rows`.
     """
 
     def __init__(self, model: nn.Module, name: str) -> None:
@@ -70,6 +73,40 @@ class Tasks:
                 )
         self._held[name] = {key: _mean([tensors[key] for tensors in sets], weights) for key in sets[0]}
 
+    @contextmanager
+    def rows(self, names: Sequence[str]) -> Iterator[None]:
+        """Inside the block row i of every batch is of the task `names[i]`; the model is as it was after it.
+
+        In each layer that a task has numbers in, the rows of a task go through together: as many multiply-adds as one task takes, in
+        as many calls as there are tasks. Made for eager serving, `generate` included. Beams and returned sequences are rows too.
+
+        Raises JactusError for a name that is not held, sets that do not have the same in them, a layer that is given another number of
+        rows, and, at the end, one that computed without being called.
+        """
+        sets = {name: self._now(name) for name in dict.fromkeys(names)}
+        if not sets:
+            raise JactusError("rows: a name for each row of the batch is needed, and there is none")
+        first, keys = next(iter(sets.items()))
+        for name, tensors in sets.items():
+            if tensors.keys() != keys.keys():
+                odd = sorted(tensors.keys() ^ keys.keys())[0]
+                raise JactusError(
+                    f"rows: {odd} is in one of {first!r} and {name!r} alone; serve sets that train the same"
+                )
+        where = {name: [i for i, each in enumerate(names) if each == name] for name in sets}
+        called: set[str] = set()
+        with ExitStack() as stack:
+            owners = sorted({key.rpartition(".")[0] for key in keys})
+            for owner in owners:
+                of = {name: _of_module(self.model, owner, tensors) for name, tensors in sets.items()}
+                stack.enter_context(_by_rows(self.model.get_submodule(owner), owner, of, where, called))
+            yield
+            if called and (silent := [owner for owner in owners if owner not in called]):
+                raise JactusError(
+                    f"rows: {silent[0]} was not called, so its rows were all of the task {self.active!r} if they were computed at all; "
+                    "run such a model a task at a time"
+                )
+
     def delete(self, name: str) -> None:
         """Forget the set `name`. Raises JactusError for one that is not held, or is active."""
         self._get(name)
@@ -105,3 +142,53 @@ def _mean(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     mean = sum(w * t.double() for w, t in zip(weights, (t.to(tensors[0].device) for t in tensors)))
     assert isinstance(mean, Tensor)
     return (mean if tensors[0].is_floating_point() else mean.round()).to(tensors[0].dtype)
+
+
+def _of_module(model: nn.Module, owner: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What of a set is the module's own, by its names in the module, as the module has it."""
+    module = model.get_submodule(owner)
+    own = {key.rpartition(".")[2]: t for key, t in tensors.items() if key.rpartition(".")[0] == owner}
+    return {name: t.detach().to(getattr(module, name), copy=False) for name, t in own.items()}
+
+
+@contextmanager
+def _by_rows(
+    module: nn.Module, owner: str, of: dict[str, dict[str, Tensor]], where: dict[str, list[int]], called: set[str]
+) -> Iterator[None]:
+    """The module computes the rows of each task with the task's own numbers."""
+    count, plain, inside = sum(map(len, where.values())), module.forward, False
+    before = vars(module).get("forward")
+
+    def forward(*inputs: Any, **named: Any) -> Tensor:
+        nonlocal inside
+        x = inputs[0] if inputs else None
+        if inside:
+            return plain(x)
+        if not isinstance(x, Tensor) or len(inputs) > 1 or named or x.dim() < 2 or len(x) != count:
+            given = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise JactusError(
+                f"rows: {owner} ({type(module).__name__}) was given {given}, and {count} rows have a task: give a name for each row of "
+                "the batch; a model that mixes the rows of a batch is to be run a task at a time"
+            )
+        called.add(owner)
+        y: Tensor | None = None
+        for name, own in of.items():
+            index = torch.tensor(where[name], device=x.device)
+            inside = True
+            try:
+                part = functional_call(module, own, (x[index],))
+            finally:
+                inside = False
+            y = part.new_empty(count, *part.shape[1:]) if y is None else y
+            y[index] = part
+        assert y is not None
+        return y
+
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
