@@ -20,6 +20,7 @@ from transformers import (
 import jactus
 from jactus.app import fitting, training
 from jactus.app.record import FILE, Run
+from jactus.calibration.snapshots import Snapshots
 from jactus.model.lowrank import compressed_layers
 from jactus.planning.shelf import Shelf
 from tests import app_made as made
@@ -220,6 +221,20 @@ def test_another_allocation_goes_on_from_what_is_planned_and_other_spectra_do_no
     capsys.readouterr()
     assert made.run("plan", *words(brought, others), *LIMIT, "--config", recipe) == 0
     assert "plan: done again, since method.rank_multiple was 16, is 8" in capsys.readouterr().err
+
+
+def test_a_kill_after_the_plan_is_whole_loses_nothing(brought, undisturbed, tmp_path, monkeypatch):
+    output = tmp_path / "small"
+    with monkeypatch.context() as patch:
+        patch.setattr(Snapshots, "clear", lambda self: self.path.exists() and _raise())
+        assert fit(brought, output, *LIMIT) == 130
+    kept = output / ".work" / "plan"
+    assert (kept / "snapshot.safetensors.planned").is_dir()
+    monkeypatch.setattr(fitting, "planned_by_part", lambda *args: pytest.fail("it was planned again"))
+    assert fit(brought, output, *LIMIT, "--keep-work") == 0
+    assert {p.name for p in kept.iterdir()} == {"of.json", "found.json", "done.json", "spent.json", "plan.safetensors"}
+    assert Run.load(output).checks[:-2] != []
+    same(output, undisturbed)
 
 
 def words(brought, output):

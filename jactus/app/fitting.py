@@ -162,12 +162,20 @@ def planned(run: Run) -> None:
             sums = Statistics.load(run.work.folder / "calibrate" / "statistics.safetensors")
             plan(run.model, sums, config).save(file)
             return {"checks": found["checks"], "tokens": found["tokens"]}
+        noted = folder / "found.json"
+        if noted.exists():  # killed when the plan was whole, and what it was made from was being taken away
+            for left in folder.glob(f"*{SNAPSHOT}*"):
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            return json.loads(noted.read_text(encoding="utf-8"))
         run.findings.said.clear()
         chosen = run.encoded.calibration(run.settings.calibration_rows)
         limit = Summing.checked(memory_limit=run.memory_limit)
         with planned_by_part(run.model, chosen, config, limit, folder / SNAPSHOT) as (made, _):
             made.save(file)
-            return _found(run, [layer.tokens for layer in made.layers.values()])
+            found = _found(run, [layer.tokens for layer in made.layers.values()])
+            with storage.atomic(noted) as partial:
+                partial.write_text(json.dumps(found), encoding="utf-8")
+        return found
 
     run.work.stage("plan", dict(run.of), make)
 
