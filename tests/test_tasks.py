@@ -151,6 +151,20 @@ def test_prompts_of_two_tasks_are_generated_from_together():
     assert torch.equal(found, torch.stack(right))
 
 
+def test_a_compiled_model_is_compiled_anew_for_rows(two):
+    tasks, alone = two
+    batch = {**BERT.batch(rows=4), "labels": None}
+    names = ["first", "second", "second", "first"]
+    compiled = torch.compile(tasks.model.eval(), backend="eager")
+    with torch.no_grad():
+        before = compiled(**batch).logits
+        right = {name: model.eval()(**batch).logits for name, model in alone.items()}
+        with tasks.rows(names):
+            found = compiled(**batch).logits
+        assert torch.equal(compiled(**batch).logits, before)
+    assert all(torch.allclose(found[i], right[name][i], atol=1e-5) for i, name in enumerate(names))
+
+
 def test_rows_that_cannot_be_told_apart_are_refused(two):
     tasks, alone = two
     batch = {**BERT.batch(rows=4), "labels": None}
@@ -164,6 +178,8 @@ def test_rows_that_cannot_be_told_apart_are_refused(two):
             tasks.model(**batch)
     with pytest.raises(JactusError, match="was not called"), tasks.rows(["first"] * 4):
         tasks.model.bert(batch["input_ids"])  # and no head
+    with pytest.raises(JactusError, match="was not called"), tasks.rows(["first"] * 4):
+        pass
     tasks._held[next(name for name in tasks if name != tasks.active)].popitem()
     with pytest.raises(JactusError, match="in one of 'first' and 'second' alone"), tasks.rows(["first", "second"]):
         pass

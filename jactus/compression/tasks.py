@@ -101,10 +101,10 @@ class Tasks:
                 of = {name: _of_module(self.model, owner, tensors) for name, tensors in sets.items()}
                 stack.enter_context(_by_rows(self.model.get_submodule(owner), owner, of, where, called))
             yield
-            if called and (silent := [owner for owner in owners if owner not in called]):
+            if silent := [owner for owner in owners if owner not in called]:
                 raise JactusError(
                     f"rows: {silent[0]} was not called, so its rows were all of the task {self.active!r} if they were computed at all; "
-                    "run such a model a task at a time"
+                    "run the model in the block, uncompiled, or a task at a time"
                 )
 
     def delete(self, name: str) -> None:
