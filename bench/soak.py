@@ -100,10 +100,8 @@ def attempt(folder: Path, limit: int, stage: str = "", after: float = 0.0) -> At
                 break
         if stage in began:
             time.sleep(after)
-            for process in ranks:
-                os.kill(
-                    process.pid, signal.SIGKILL
-                )  # one that has ended waits to be asked how, and is not asked by this
+            for process in ranks:  # one that has ended waits to be asked how, which send_signal would do
+                os.kill(process.pid, signal.SIGKILL)
             for line in ranks[0].stdout:  # what it still said
                 began[line.strip()] = time.monotonic()
         ended = [os.wait4(process.pid, 0) for process in ranks]
@@ -164,10 +162,10 @@ def soak() -> str:
         [
             "# Killed again and again: SmolLM2-135M",
             "",
-            f"`python -m bench.soak`: {SEQUENCES} sequences of {TOKENS} tokens through all 210 layers, by {RANKS} processes over gloo, and "
-            f"a plan of the first three blocks. Sums of {whole / 1e6:.0f} MB, of which {limit / 1e6:.0f} MB may be held at a time. Undisturbed: calibrated in "
-            f"{calibrating:.0f} s, planned in {planning:.0f} s, {undisturbed.bytes / 1e6:.0f} MB at the most. Then both killed by SIGKILL "
-            f"{sum(each.killed for each in attempts)} times and started again each time: "
+            f"`python -m bench.soak`: {SEQUENCES} sequences of {TOKENS} tokens through all 210 layers, by {RANKS} processes over "
+            f"gloo, and a plan of the first three blocks. Sums of {whole / 1e6:.0f} MB, of which {limit / 1e6:.0f} MB may be held at a "
+            f"time. Undisturbed: calibrated in {calibrating:.0f} s, planned in {planning:.0f} s, {undisturbed.bytes / 1e6:.0f} MB at the "
+            f"most. Then both killed by SIGKILL {sum(each.killed for each in attempts)} times and started again each time: "
             + " and ".join(f"{name} ({sizes[name] / 1e6:.0f} MB)" for name in FILES)
             + f" are those of the undisturbed run, byte for byte, and nothing is left beside them. {time.monotonic() - started:.0f} s in "
             "all.",

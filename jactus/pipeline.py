@@ -83,8 +83,7 @@ def adapt(
             raise JactusError("fit_head reads the batches twice, but they come from an iterator; pass a list or loader")
         fit(model, batches, loss=loss, verify=verify, progress=progress, group=group)
     if limited:
-        kept = {name: options.pop(key) for name, key in SUMS.items() if key in options}
-        sums = Summing.checked(**kept)
+        sums = Summing.checked(**{name: options.pop(name) for name in SUMS if name in options})
         how = {"loss": loss, "verify": verify, "progress": progress, **options}
         with planned_by_part(model, batches, config, sums, resume, group, **how) as (plan, shelf):
             compressed(model, plan, shelf)
@@ -98,13 +97,7 @@ def adapt(
     return model
 
 
-# What `Summing.checked` calls arguments of `calibrate`.
-SUMS = {
-    "dtype": "statistics_dtype",
-    "device": "statistics_device",
-    "loss_scale": "loss_scale",
-    "memory_limit": "memory_limit",
-}
+SUMS = tuple(inspect.signature(Summing.checked).parameters)  # those of `calibrate` that steer the sums
 
 
 @contextmanager

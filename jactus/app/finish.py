@@ -57,9 +57,8 @@ def finish(run: Run) -> record.Run:
             f"{trained:.6f} when trained; the stages are kept in {output / '.work'}"
         )
     sizes = _sizes(run, training)
-    seconds = {name: run.work.stages[name]["seconds"] for name in STAGES if name in run.work.stages} | {
-        "fold": time.perf_counter() - started
-    }
+    seconds = {name: run.work.stages[name]["seconds"] for name in STAGES if name in run.work.stages}
+    seconds["fold"] = time.perf_counter() - started
     scores = {"dense": "head", "compressed": "compress", "trained": "train"}
     made = the_plan(run)
     described = record.Run(

@@ -34,7 +34,7 @@ from .encoding import Encoded, encode
 from .rows import Data
 from .settings import Settings
 from .training import trained
-from .work import Work
+from .work import Work, read_json, write_json
 
 SNAPSHOT = "snapshot.safetensors"
 
@@ -163,18 +163,17 @@ def planned(run: Run) -> None:
             plan(run.model, sums, config).save(file)
             return {"checks": found["checks"], "tokens": found["tokens"]}
         noted = folder / "found.json"
-        if noted.exists():  # killed when the plan was whole, and what it was made from was being taken away
+        if found := read_json(noted):  # killed when the plan was whole, and what it was made from was being taken away
             for left in folder.glob(f"*{SNAPSHOT}*"):
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
-            return json.loads(noted.read_text(encoding="utf-8"))
+            return found
         run.findings.said.clear()
         chosen = run.encoded.calibration(run.settings.calibration_rows)
         limit = Summing.checked(memory_limit=run.memory_limit)
         with planned_by_part(run.model, chosen, config, limit, folder / SNAPSHOT) as (made, _):
             made.save(file)
             found = _found(run, [layer.tokens for layer in made.layers.values()])
-            with storage.atomic(noted) as partial:
-                partial.write_text(json.dumps(found), encoding="utf-8")
+            write_json(noted, found)
         return found
 
     run.work.stage("plan", dict(run.of), make)

@@ -183,8 +183,6 @@ def estimate(
     json_: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:
     """What a model will take, from its config alone: memory by stage, ranks, sizes."""
-    import torch
-
     from ..config import JactusConfig
     from . import estimate as from_config
     from . import pace
@@ -193,16 +191,11 @@ def estimate(
         limit = None if memory_limit is None else int(memory_limit)
         config = JactusConfig().replace(budget=budget)
         found = from_config.estimate(model, config, memory_limit=limit)
-        if time:
-            # as `jactus fit` loads weights
-            dtype = getattr(torch, found.dtype) if pace.here().type == "cuda" else torch.float32
-            run, measured = from_config.estimate(model, config, dtype=dtype, memory_limit=limit), pace.measured(dtype)
+        seconds, line = pace.of_run(model, config, limit) if time else ({}, "")
     if json_:
-        print(json.dumps(asdict(found) | ({"seconds": pace.seconds(run, measured)} if time else {}), indent=1))
-        return
-    print(from_config.table(found))
-    if time:
-        print(f"\n{pace.line(run, measured)}")
+        print(json.dumps(asdict(found) | ({"seconds": seconds} if time else {}), indent=1))
+    else:
+        print(from_config.table(found) + (f"\n\n{line}" if time else ""))
 
 
 def take_cores(

@@ -19,16 +19,20 @@ class Summing:
 
     @classmethod
     def checked(
-        cls, dtype: Any = "float32", device: Any = None, loss_scale: Any = 1.0, memory_limit: Any = None
+        cls,
+        statistics_dtype: Any = "float32",
+        statistics_device: Any = None,
+        loss_scale: Any = 1.0,
+        memory_limit: Any = None,
     ) -> "Summing":
         """As `calibrate` was given them. Raises JactusError naming the argument and what it may be."""
-        named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+        named = getattr(torch, statistics_dtype, None) if isinstance(statistics_dtype, str) else statistics_dtype
         if named not in (torch.float32, torch.float64):
-            raise JactusError(f"calibrate: statistics_dtype={dtype!r}; it may be float32 or float64")
+            raise JactusError(f"calibrate: statistics_dtype={statistics_dtype!r}; it may be float32 or float64")
         try:
-            place = None if device is None else torch.device(device)
+            place = None if statistics_device is None else torch.device(statistics_device)
         except (RuntimeError, TypeError) as e:
-            raise JactusError(f"calibrate: statistics_device={device!r} is no device: {e}") from e
+            raise JactusError(f"calibrate: statistics_device={statistics_device!r} is no device: {e}") from e
         if not isinstance(loss_scale, int | float) or not 0 < loss_scale < float("inf"):
             raise JactusError(f"calibrate: loss_scale={loss_scale!r}; it may be any positive number")
         if memory_limit is not None and (not isinstance(memory_limit, int) or memory_limit <= 0):

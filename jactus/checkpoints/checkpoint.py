@@ -31,7 +31,8 @@ def save_pretrained(model: PreTrainedModel, directory: str | os.PathLike, **kwar
 
     All is written beside the directory's files first and moved in at the end, so a failure (a full disk) leaves an old
     checkpoint whole; files of yours in the directory stay. kwargs go to the model's own `save_pretrained`; with
-    is_main_process=False nothing is written. Of a model under `fully_shard` or ZeRO-3 all ranks must call it, and rank 0 writes it whole.
+    is_main_process=False nothing is written. Of a model under `fully_shard` or ZeRO-3 all ranks must call it, and rank 0 writes it
+    whole.
 
     Raises JactusError for a model that is not a transformers one, or when the disk refuses.
     """

@@ -64,14 +64,8 @@ class Tasks:
             raise JactusError(
                 f"average({name!r}): {len(of)} tasks have the weights {list(weights)}; one for each, of sum 1, is needed"
             )
-        sets = [self._now(task) for task in of]
-        for task, tensors in zip(of, sets):
-            if tensors.keys() != sets[0].keys():
-                odd = sorted(tensors.keys() ^ sets[0].keys())[0]
-                raise JactusError(
-                    f"average({name!r}): {odd} is in one of {of[0]!r} and {task!r} alone; average sets that train the same"
-                )
-        self._held[name] = {key: _mean([tensors[key] for tensors in sets], weights) for key in sets[0]}
+        sets = self._alike(f"average({name!r})", of)
+        self._held[name] = {key: _mean([sets[task][key] for task in of], weights) for key in sets[of[0]]}
 
     @contextmanager
     def rows(self, names: Sequence[str]) -> Iterator[None]:
@@ -83,25 +77,21 @@ class Tasks:
         Raises JactusError for a name that is not held, sets that do not have the same in them, a layer that is given another number of
         rows, and, at the end, one that computed without being called.
         """
-        sets = {name: self._now(name) for name in dict.fromkeys(names)}
-        if not sets:
+        if not names:
             raise JactusError("rows: a name for each row of the batch is needed, and there is none")
-        first, keys = next(iter(sets.items()))
-        for name, tensors in sets.items():
-            if tensors.keys() != keys.keys():
-                odd = sorted(tensors.keys() ^ keys.keys())[0]
-                raise JactusError(
-                    f"rows: {odd} is in one of {first!r} and {name!r} alone; serve sets that train the same"
-                )
-        where = {name: [i for i, each in enumerate(names) if each == name] for name in sets}
+        of: dict[str, dict[str, dict[str, Tensor]]] = {}  # what each task has in a module, by the module's name
+        for name, tensors in self._alike("rows", names).items():
+            for key, t in tensors.items():
+                owner, _, own = key.rpartition(".")
+                there = getattr(self.model.get_submodule(owner), own)
+                of.setdefault(owner, {}).setdefault(name, {})[own] = t.detach().to(there)
+        where = {name: [i for i, each in enumerate(names) if each == name] for name in dict.fromkeys(names)}
         called: set[str] = set()
         with ExitStack() as stack:
-            owners = sorted({key.rpartition(".")[0] for key in keys})
-            for owner in owners:
-                of = {name: _of_module(self.model, owner, tensors) for name, tensors in sets.items()}
-                stack.enter_context(_by_rows(self.model.get_submodule(owner), owner, of, where, called))
+            for owner, tasks in of.items():
+                stack.enter_context(_by_rows(self.model.get_submodule(owner), owner, tasks, where, called))
             yield
-            if silent := [owner for owner in owners if owner not in called]:
+            if silent := [owner for owner in of if owner not in called]:
                 raise JactusError(
                     f"rows: {silent[0]} was not called, so its rows were all of the task {self.active!r} if they were computed at all; "
                     "run the model in the block, uncompiled, or a task at a time"
@@ -123,6 +113,16 @@ class Tasks:
         held = self._get(name)
         return task_of(self.model) if name == self.active else held
 
+    def _alike(self, step: str, names: Sequence[str]) -> dict[str, dict[str, Tensor]]:
+        """The sets of these names as they are now. Raises JactusError where one has something that another has not."""
+        sets = {name: self._now(name) for name in dict.fromkeys(names)}
+        for name, tensors in sets.items():
+            if odd := sorted(tensors.keys() ^ sets[names[0]].keys()):
+                raise JactusError(
+                    f"{step}: {odd[0]} is in one of {names[0]!r} and {name!r} alone; take sets that train the same"
+                )
+        return sets
+
     def _get(self, name: str) -> dict[str, Tensor]:
         if name not in self._held:
             raise JactusError(f"there is no task {name!r}; held are {', '.join(map(repr, self._held))}")
@@ -142,13 +142,6 @@ def _mean(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     mean = sum(w * t.double() for w, t in zip(weights, (t.to(tensors[0].device) for t in tensors)))
     assert isinstance(mean, Tensor)
     return (mean if tensors[0].is_floating_point() else mean.round()).to(tensors[0].dtype)
-
-
-def _of_module(model: nn.Module, owner: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What of a set is the module's own, by its names in the module, as the module has it."""
-    module = model.get_submodule(owner)
-    own = {key.rpartition(".")[2]: t for key, t in tensors.items() if key.rpartition(".")[0] == owner}
-    return {name: t.detach().to(getattr(module, name), copy=False) for name, t in own.items()}
 
 
 @contextmanager

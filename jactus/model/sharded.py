@@ -34,7 +34,8 @@ def refuse_sharded(step: str, model: nn.Module) -> None:
     if is_sharded(model):
         raise JactusError(
             f"{step}: the parameters of {type(model).__name__} are spread over processes (DTensor, ZeRO-3); calibrate, plan and "
-            "compress before fully_shard or deepspeed.initialize, and after training write it with jactus.save_pretrained, which all ranks call, and reload it"
+            "compress before fully_shard or deepspeed.initialize, and after training write it with jactus.save_pretrained, which all "
+            "ranks call, and reload it"
         )
 
 
