@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from jactus.app.main import main
+from jactus.app.record import Run
 
 GOOD, BAD = ("good", "lovely", "fine", "great"), ("bad", "awful", "poor", "dull")
 FILLING = ("a", "the", "film", "plot", "cast", "is", "was", "very", "it", "we")
@@ -122,3 +123,20 @@ def pictures(folder, rows=16):
 def run(*words):
     """The command in this process; returns its exit status."""
     return main([str(word) for word in words])
+
+
+def words(brought, output):
+    """What names the data, the model and the folder to write, for any verb."""
+    return (brought / "reviews.csv", "--model", brought / "encoder", "--output", output)
+
+
+def fit(brought, output, *more):
+    return run("fit", *words(brought, output), "--epochs", 2, "--batch-size", 8, *more)
+
+
+def same(one, other):
+    """The same numbers in the same files, and the same scores."""
+    a, b = Run.load(one), Run.load(other)
+    assert a.scores == b.scores
+    assert [point for point in a.training if point.metric] == [point for point in b.training if point.metric]
+    assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
