@@ -36,11 +36,15 @@ slow: $(VENV)/.ready
 package: $(VENV)/.ready
 	$(PY) -m pytest -m slow tests/test_package.py
 
-# A few tests, end to end, under the least and the newest Python, torch and transformers: each in an environment of its own (tox, in
-# pyproject.toml), which takes builds of torch of several GB. One of them: .venv/bin/python -m tox -e lowest
+# A few tests, end to end, under the least and the newest Python, torch and transformers (tox, in pyproject.toml): one environment
+# after the other, and none is left, since each has a build of torch of 5 GB. One of them: make versions VERSIONS=lowest
+VERSIONS := lowest middle newest
 versions: $(VENV)/.ready
 	$(PY) -m pip install --quiet --disable-pip-version-check -e ".[versions]"
-	PYENV_VERSION=$${PYENV_VERSION:-$$(pyenv versions --bare 2>/dev/null | paste -sd:)} $(PY) -m tox
+	for v in $(VERSIONS); do \
+	  PYENV_VERSION=$${PYENV_VERSION:-$$(pyenv versions --bare 2>/dev/null | paste -sd:)} \
+	    UV_NO_CACHE=1 $(PY) -m tox -e $$v $(TOX) || exit 1; \
+	  rm -rf .tox/$$v; done
 
 # SmolLM2-135M, killed a dozen times while it is calibrated and planned: the same bytes. The log, bench/results/soak.md, says how long.
 soak: $(VENV)/.ready

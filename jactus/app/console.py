@@ -3,7 +3,8 @@
 import logging
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -29,12 +30,26 @@ class Findings(logging.Handler):
     def __init__(self) -> None:
         super().__init__(logging.INFO)
         self.said: list[str] = []
+        self.file: Path | None = None
+
+    @contextmanager
+    def into(self, file: Path) -> Iterator[None]:
+        """Keep what is said meanwhile in `file` too, after what a run that was stopped had said there."""
+        self.said = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+        self.file = file
+        try:
+            yield
+        finally:
+            self.file = None
 
     def emit(self, record: logging.LogRecord) -> None:
         text = record.getMessage()
         if record.levelno >= logging.WARNING:
             say(f"note: {text}")
         self.said.append(text)
+        if self.file is not None:
+            with suppress(OSError), self.file.open("a", encoding="utf-8") as out:  # a full disk stops the run elsewhere
+                print(*text.splitlines(), file=out)
 
 
 @contextmanager

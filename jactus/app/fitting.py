@@ -34,9 +34,9 @@ from .encoding import Encoded, encode
 from .rows import Data
 from .settings import Settings
 from .training import trained
-from .work import Work, read_json, write_json
+from .work import Work
 
-SNAPSHOT = "snapshot.safetensors"
+SNAPSHOT, SAID = "snapshot.safetensors", "said.txt"
 
 
 @dataclass
@@ -126,10 +126,10 @@ def calibrated(run: Run) -> None:
     run.of["method"] = _calibrated_under(run)
 
     def make(folder: Path) -> dict[str, Any]:
-        run.findings.said.clear()
         chosen = run.encoded.calibration(run.settings.calibration_rows)
         snapshot, result = folder / SNAPSHOT, folder / "statistics.safetensors"
-        sums = calibrate(run.model, chosen, config, memory_limit=run.memory_limit, resume=snapshot, save=result)
+        with run.findings.into(folder / SAID):
+            sums = calibrate(run.model, chosen, config, memory_limit=run.memory_limit, resume=snapshot, save=result)
         return _found(run, sums.tokens.values())
 
     run.work.stage("calibrate", dict(run.of), make)
@@ -162,19 +162,15 @@ def planned(run: Run) -> None:
             sums = Statistics.load(run.work.folder / "calibrate" / "statistics.safetensors")
             plan(run.model, sums, config).save(file)
             return {"checks": found["checks"], "tokens": found["tokens"]}
-        noted = folder / "found.json"
-        if found := read_json(noted):  # killed when the plan was whole, and what it was made from was being taken away
-            for left in folder.glob(f"*{SNAPSHOT}*"):
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
-            return found
-        run.findings.said.clear()
         chosen = run.encoded.calibration(run.settings.calibration_rows)
         limit = Summing.checked(memory_limit=run.memory_limit)
-        with planned_by_part(run.model, chosen, config, limit, folder / SNAPSHOT) as (made, _):
-            made.save(file)
-            found = _found(run, [layer.tokens for layer in made.layers.values()])
-            write_json(noted, found)
-        return found
+        with run.findings.into(folder / SAID):
+            if not file.exists():  # else it was killed while what the plan was made from was being taken away
+                with planned_by_part(run.model, chosen, config, limit, folder / SNAPSHOT) as (made, _):
+                    made.save(file)
+        for left in folder.glob(f"*{SNAPSHOT}*"):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        return _found(run, [layer.tokens for layer in Plan.load(file).layers.values()])
 
     run.work.stage("plan", dict(run.of), make)
 
