@@ -259,6 +259,18 @@ def test_a_folded_layer_is_close_in_bfloat16(kind, shape, rank):
         assert relative(wide(x.float()), right) < 2e-2
 
 
+@pytest.mark.parametrize(("m", "n"), [(512, 512), (768, 256), (256, 768)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_folded_layer_is_off_by_little_more_than_a_pair_of_factors_is(m, n, dtype):
+    rank = round(0.55 * min(m, n))
+    layer = made(m, n, rank, dtype, torch.float32, bias=False)
+    W, x = dense(layer).detach(), noise(128, n, seed=6).to(dtype)
+    left, _, right = torch.linalg.svd(W)
+    pair = [left[:, :rank].to(dtype), (left[:, :rank].T @ W).to(dtype)]
+    right = x.double() @ W.T
+    assert relative(layer.folded()(x), right) < 1.6 * relative(x @ pair[1].T @ pair[0].T, right)
+
+
 @shapes
 def test_a_core_of_low_rank_or_of_zeros_folds(m, n):
     """What a wide side is after its core is multiplied into it may have fewer directions than columns."""

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from jactus.model.pivots import pivots
+from jactus.model.pivots import pivots, rounded
 
-LARGEST = 1.1 * (1 + 1e-4)  # rows are chosen in float32
+LARGEST = 1.03 * (1 + 1e-4)  # rows are chosen in float32
 
 SHAPES = [(1, 1), (2, 1), (7, 3), (16, 15), (40, 40), (64, 16), (96, 48), (200, 120)]
 shapes = pytest.mark.parametrize(("d", "r"), SHAPES)
@@ -120,3 +120,38 @@ def test_the_basis_is_left_as_it_is():
     before = basis.clone()
     pivots(basis)
     assert torch.equal(basis, before)
+
+
+def spread(B):
+    """[I; B]: what reaches the outputs of the pivots' errors."""
+    return torch.cat([torch.eye(B.shape[1], dtype=B.dtype), B])
+
+
+@shapes
+@bases
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_that_makes_up_for_itself_is_no_worse_than_the_nearest_numbers(d, r, make, dtype):
+    _, B = pivots(make(d, r))
+    far = noise(3 * d, r, seed=2)
+    found = rounded(far, B, dtype)
+    assert (found.shape, found.dtype) == (far.shape, dtype)
+    nearest, made_up = (((x.double() - far) @ spread(B).T).norm() for x in (far.to(dtype), found))
+    assert made_up <= 1.02 * nearest
+    half_a_step = torch.finfo(dtype).eps / 2
+    assert made_up <= half_a_step * far.abs().max() * (3 * d * r) ** 0.5 * torch.linalg.matrix_norm(spread(B), 2)
+
+
+def test_it_keeps_small_what_coefficients_would_make_large():
+    _, B = pivots(noise(512, 280))
+    far = noise(400, 280, seed=1)
+    errors = [((x.double() - far) @ spread(B).T).norm() for x in (far.bfloat16(), rounded(far, B, torch.bfloat16))]
+    assert errors[1] < 0.6 * errors[0]
+
+
+def test_what_the_dtype_holds_stays_as_it_is_and_float32_takes_the_nearest():
+    _, B = pivots(noise(64, 40))
+    far = noise(30, 40, seed=1)
+    held = far.bfloat16()
+    assert torch.equal(rounded(held.double(), B, torch.bfloat16), held)
+    assert torch.equal(rounded(far, B, torch.float32), far.float())
+    assert torch.equal(rounded(far, B[:0], torch.bfloat16), held)

@@ -12,7 +12,7 @@ import jactus_kernels as kernels
 from jactus_kernels import JactusError
 
 from .offload import is_offloaded
-from .pivots import pivots
+from .pivots import pivots, rounded
 from .sharded import whole_shape
 
 
@@ -234,10 +234,12 @@ class FoldedLinear(LowRankLinear):
     @torch.no_grad()
     def hold(self, order: Tensor, B: Tensor, far: Tensor, dtype: torch.dtype) -> None:
         """Take over W = Π [I; B] farᵀ for m ≤ n, else W = far (Π [I; B])ᵀ; far (max(m, n), r)."""
+        B = B.to(dtype)
+        far = rounded(far, B.double(), dtype)
         left, right = (B, far.T) if self.out_features <= self.in_features else (far, B)
         self.order = order
-        self.left = nn.Parameter(left.to(dtype).contiguous(), requires_grad=False)
-        self.right = nn.Parameter(right.to(dtype).contiguous(), requires_grad=False)
+        self.left = nn.Parameter(left.contiguous(), requires_grad=False)
+        self.right = nn.Parameter(right.contiguous(), requires_grad=False)
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         left, right = self.left.double(), self.right.double()
