@@ -30,7 +30,7 @@ NAMES = {
     "jactus": "JACTUS",
     "svd-llm+lora": "SVD-LLM, then LoRA",
 }
-HEADLINE = ("full", "lora", "dora", "jactus 80%", "svd-llm+lora 80%", "jactus 35%", "svd-llm+lora 35%")
+HEADLINE = ("full", "lora", "dora", "jactus 80%", "svd-llm+lora 80%", "jactus 50%", "jactus 35%", "svd-llm+lora 35%")
 
 
 def headline() -> str:
@@ -64,7 +64,7 @@ def headline() -> str:
 
 TEXT_SHOWN = (
     "full", "full[linears]", "lora", "dora", "pissa", "corda", "eva", "eigentune",
-    "jactus 80%", "svd-llm+lora 80%", "svd-llm+lora 50%", "jactus 35%", "svd-llm+lora 35%", "svd-llm-compact+lora 35%", "asvd+lora 35%", "fwsvd+lora 35%", "svd+lora 35%", "cersa 35%",
+    "jactus 80%", "svd-llm+lora 80%", "jactus 50%", "svd-llm+lora 50%", "jactus 35%", "svd-llm+lora 35%", "svd-llm-compact+lora 35%", "asvd+lora 35%", "fwsvd+lora 35%", "svd+lora 35%", "cersa 35%",
 )  # fmt: skip
 TEXT_COLUMNS = (
     "sarcasm",
