@@ -178,8 +178,9 @@ def test_the_page_says_what_the_record_says(pages):
     for sentence in (*REAL.checks, REAL.command, REAL.base, REAL.machine, *map(str, REAL.versions.values())):
         assert sentence in text
     assert f"predicted {REAL.predicted:.5f}" in text
-    measured = f"{REAL.scores[1].loss - REAL.scores[0].loss:.5f}"
-    assert f"measured {measured.replace('-', '−')}" in text
+    measured = REAL.scores[1].loss - REAL.scores[0].loss
+    fell = " (it fell)" if measured < 0 else ""
+    assert f"measured{fell} {words.aligned([REAL.predicted, measured])[1]}" in text
 
 
 def test_every_layer_has_its_field_with_its_rank():
