@@ -261,6 +261,19 @@ def test_a_folded_layer_is_close_in_bfloat16(kind, shape, rank):
 
 @pytest.mark.parametrize(("m", "n"), [(512, 512), (768, 256), (256, 768)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["square", "wide", "leading block"])
+def test_between_rounded_bases_is_the_core_that_is_right_for_them(m, n, dtype, kind):
+    rank = round(0.55 * min(m, n))
+    layer = of_kind(kind, m, n, rank, dtype=dtype, core_dtype=torch.float32)
+    if layer.block is not None:
+        layer.block.data.zero_()
+    U, C, V = factors(m, n, rank, layer.width)
+    off = relative(layer.dense_weight(torch.float64), U @ C @ V.T)
+    assert off < 0.5 * torch.finfo(dtype).eps, "no more than the nearest numbers of a dense weight are at the most"
+
+
+@pytest.mark.parametrize(("m", "n"), [(512, 512), (768, 256), (256, 768)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_folded_layer_is_off_by_little_more_than_a_pair_of_factors_is(m, n, dtype):
     rank = round(0.55 * min(m, n))
     layer = made(m, n, rank, dtype, torch.float32, bias=False)

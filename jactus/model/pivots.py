@@ -39,17 +39,13 @@ def pivots(basis: Tensor) -> tuple[Tensor, Tensor]:
     return order, torch.linalg.solve(Q[first[:r]], Q[first[r:]], left=False)
 
 
-def rounded(far: Tensor, B: Tensor, dtype: torch.dtype) -> Tensor:
-    """`far` (n, r), float64, in `dtype`, nearest to what it is for where it is multiplied by [I Bᵀ], B (d − r, r).
+def rounded(far: Tensor, H: Tensor, dtype: torch.dtype) -> Tensor:
+    """`far` (n, r), float64, in `dtype`, off by an E of which tr(E H Eᵀ) is small, H (r, r) positive definite.
 
-    Column after column; what one is off by is made up for by those after it, as far as they can (Frantar et al. 2023, GPTQ, its
-    Hessian being I + BᵀB). In float32 the nearest numbers do.
+    Column after column; what one is off by is made up for by those after it, as far as they can (Frantar et al. 2023, GPTQ, whose
+    Hessian H is).
     """
-    if dtype.itemsize >= 4 or not B.numel():
-        return far.to(dtype)
     r = far.shape[1]
-    H = B.T @ B
-    H.diagonal().add_(1)  # no eigenvalue is below 1
     root = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True).float()
     left, found = far.T.float().contiguous(), far.new_empty(r, len(far), dtype=dtype)
     for start in range(0, r, TOGETHER):
