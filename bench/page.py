@@ -13,14 +13,14 @@ import sys
 from pathlib import Path
 
 from jactus.app import page
-from jactus.app.record import Run
+from jactus.app.record import FILE, Run
 
 from .browser import browser
 from .data import movies
 from .fetch import package
 from .models import MINILM
 
-RECORD, NAME = Path("tests/files/run"), "jactus-run.json"
+RECORD = Path("tests/files/run")
 PICTURE = Path("docs/pictures/page.png")
 ROWS = 4000
 
@@ -47,7 +47,7 @@ def record(folder: Path) -> None:
     typed = "fit reviews.csv --model all-MiniLM-L6-v2 --budget 0.8 --output small"
     subprocess.run([jactus, *typed.split()], cwd=folder, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     RECORD.mkdir(parents=True, exist_ok=True)
-    shutil.copy(folder / "small" / NAME, RECORD / NAME)
+    shutil.copy(folder / "small" / FILE, RECORD)
 
 
 def picture(path: Path) -> None:

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from jactus.model.pivots import pivots, rounded
+from jactus.model.pivots import pivots
+from jactus.model.rounding import rounded
 
 LARGEST = 1.03 * (1 + 1e-4)  # rows are chosen in float32
 

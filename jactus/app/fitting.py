@@ -165,12 +165,14 @@ def planned(run: Run) -> None:
         chosen = run.encoded.calibration(run.settings.calibration_rows)
         limit = Summing.checked(memory_limit=run.memory_limit)
         with run.findings.into(folder / SAID):
-            if not file.exists():  # else it was killed while what the plan was made from was being taken away
+            if file.exists():  # it was killed while what the plan was made from was being taken away
+                made = Plan.load(file)
+            else:
                 with planned_by_part(run.model, chosen, config, limit, folder / SNAPSHOT) as (made, _):
                     made.save(file)
         for left in folder.glob(f"*{SNAPSHOT}*"):
             shutil.rmtree(left) if left.is_dir() else left.unlink()
-        return _found(run, [layer.tokens for layer in Plan.load(file).layers.values()])
+        return _found(run, [layer.tokens for layer in made.layers.values()])
 
     run.work.stage("plan", dict(run.of), make)
 

@@ -35,7 +35,7 @@ class Work:
         `done.json`. `of`: what determines the stage, by names that a person knows."""
         folder = self.folder / name
         of = _as_kept(of)
-        before = read_json(folder / "of.json")
+        before = _read_json(folder / "of.json")
         if before is not None and before != of:
             changed = [key for key in {**before, **of} if before.get(key) != of.get(key)]
             told = "; ".join(f"{key} was {_short(before.get(key))}, is {_short(of.get(key))}" for key in changed[:3])
@@ -45,8 +45,8 @@ class Work:
                 (folder / "of.json").unlink(missing_ok=True)  # first: what a kill leaves is no stage's
                 shutil.rmtree(folder)
             folder.mkdir(parents=True)
-            write_json(folder / "of.json", of)
-        found = read_json(folder / "done.json")
+            _write_json(folder / "of.json", of)
+        found = _read_json(folder / "done.json")
         if found is None:
             started = time.perf_counter()
             try:
@@ -55,10 +55,10 @@ class Work:
                 with contextlib.suppress(
                     JactusError
                 ):  # a full disk was to be told of, and not that it has no room for this
-                    write_json(folder / "spent.json", self._spent(folder) + time.perf_counter() - started)
+                    _write_json(folder / "spent.json", self._spent(folder) + time.perf_counter() - started)
                 raise
             found["seconds"] = self._spent(folder) + time.perf_counter() - started
-            write_json(folder / "done.json", found)
+            _write_json(folder / "done.json", found)
         else:
             say(f"{name}: as it was done before ({found['seconds']:.0f} s)")
         self.stages[name] = found
@@ -66,11 +66,11 @@ class Work:
 
     def holds(self, name: str, of: dict[str, Any]) -> bool:
         """Whether a stage that is determined so was begun or done here."""
-        return read_json(self.folder / name / "of.json") == _as_kept(of)
+        return _read_json(self.folder / name / "of.json") == _as_kept(of)
 
     def _spent(self, folder: Path) -> float:
         """Seconds of attempts that were interrupted, but by a kill."""
-        return read_json(folder / "spent.json") or 0.0
+        return _read_json(folder / "spent.json") or 0.0
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -118,7 +118,7 @@ def _short(value: Any) -> str:
     return json.dumps(value) if len(json.dumps(value)) <= 40 else f"{json.dumps(value)[:36]}…"
 
 
-def read_json(file: Path) -> Any:
+def _read_json(file: Path) -> Any:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -127,6 +127,6 @@ def read_json(file: Path) -> Any:
         raise JactusError(f"{file} cannot be read ({e}); take {file.parent} away to do that stage again") from e
 
 
-def write_json(file: Path, value: Any) -> None:
+def _write_json(file: Path, value: Any) -> None:
     with storage.atomic(file) as partial:
         partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")

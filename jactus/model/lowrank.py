@@ -12,7 +12,8 @@ import jactus_kernels as kernels
 from jactus_kernels import JactusError
 
 from .offload import is_offloaded
-from .pivots import pivots, rounded
+from .pivots import pivots
+from .rounding import by_stored, damped, is_narrow, rounded
 from .sharded import whole_shape
 
 
@@ -155,19 +156,18 @@ class CoreLinear(LowRankLinear):
     def hold(self, U: Tensor, C: Tensor, V: Tensor, dtype: torch.dtype, core_dtype: torch.dtype) -> None:
         """Take over U (m, p), C (p, q) and V (n, q), float64: stored on the CPU, the bases as pivots and coefficients. Between bases in a
         narrow dtype the core is the best one for what became of them."""
-        narrow = dtype.itemsize < 4
         for name, basis, index, core, other in (("U", U, "rows", C, V), ("V", V, "columns", C.T, U)):
             if len(basis) > basis.shape[1]:
                 order, B = pivots(basis)
                 T = basis[order[0, : basis.shape[1]]]
-                if narrow:  # what B is off by reaches the weight times the rest of the product
+                if is_narrow(dtype):  # what B is off by reaches the weight times the rest of the product
                     rest = T @ core @ other.T
-                    B = rounded(B, _damped(rest @ rest.T), dtype)
-                basis = torch.cat([T.to(dtype), B.to(dtype)])
+                    B = rounded(B, damped(rest @ rest.T), dtype)
+                basis = torch.cat([T, B])
                 setattr(self, index, order.cpu())
             setattr(self, name, nn.Parameter(basis.to("cpu", dtype).contiguous(), requires_grad=False))
-        if narrow:
-            left, right = (_by_stored(s.to(b.device), b, dtype) for s, b in zip(self.bases(), (U, V)))
+        if is_narrow(dtype):
+            left, right = (by_stored(s.to(b.device), b, dtype) for s, b in zip(self.bases(), (U, V)))
             C = left @ C @ right.T
         trains = self.core.requires_grad
         self.core = nn.Parameter(C.to("cpu", core_dtype).contiguous(), requires_grad=trains)
@@ -244,7 +244,9 @@ class FoldedLinear(LowRankLinear):
     def hold(self, order: Tensor, B: Tensor, far: Tensor, dtype: torch.dtype) -> None:
         """Take over W = Π [I; B] farᵀ for m ≤ n, else W = far (Π [I; B])ᵀ; far (max(m, n), r)."""
         B = B.to(dtype)
-        far = rounded(far, _damped(B.double().T @ B.double(), 1.0), dtype) if dtype.itemsize < 4 else far.to(dtype)
+        if is_narrow(dtype):
+            far = rounded(far, damped(B.double().T @ B.double(), 1.0), dtype)
+        far = far.to(dtype)
         left, right = (B, far.T) if self.out_features <= self.in_features else (far, B)
         self.order = order
         self.left = nn.Parameter(left.contiguous(), requires_grad=False)
@@ -277,24 +279,6 @@ def _row_by_row(basis: Tensor, order: Tensor | None) -> Tensor:
         return basis
     T, B = basis[: basis.shape[1]], basis[basis.shape[1] :]
     return torch.cat([T, B @ T])[order[1]]
-
-
-def _damped(H: Tensor, unit: float | None = None) -> Tensor:
-    """H (r, r) with `unit` on its diagonal, by default a hundredth of its mean, or 1 where H is zero."""
-    if unit is None:
-        unit = float(H.diagonal().mean()) / 100 or 1.0
-    H.diagonal().add_(unit)
-    return H
-
-
-def _by_stored(stored: Tensor, basis: Tensor, dtype: torch.dtype) -> Tensor:
-    """X (p, p) with stored X ≈ basis, both (m, p), float64: least squares, but the identity in directions that are shorter than what `dtype`
-    rounds off."""
-    S, X = stored.T @ stored, stored.T @ basis
-    unit = (torch.finfo(dtype).eps / 2) ** 2 * S.diagonal().mean().clamp_min(torch.finfo(S.dtype).tiny)
-    S.diagonal().add_(unit)
-    X.diagonal().add_(unit)
-    return torch.cholesky_solve(X, torch.linalg.cholesky(S))
 
 
 def core_shape(m: int, n: int, rank: int, width: int) -> tuple[int, int]:

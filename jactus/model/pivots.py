@@ -4,8 +4,7 @@ Rows by Gaussian elimination with partial pivoting, then exchanged while that ma
 et al. 2010), until no coefficient exceeds 1.03. On SmolLM2's layers the pivots' condition is then 20 to 35, and 40 to 60 without
 the exchanges; with pairs or fours of neighbouring rows it is 60 to 200.
 
-What the pivots' outputs are off by reaches the others times B, whose rows are 3 to 9 long in layers 576 to 4,096 wide: `rounded`
-keeps what a narrow dtype does to the weights small there.
+What the pivots' outputs are off by reaches the others times B, whose rows are 3 to 9 long in layers 576 to 4,096 wide (`rounding.py`).
 """
 
 import torch
@@ -13,7 +12,6 @@ from torch import Tensor
 
 LARGEST = 1.03  # a row with a larger coefficient, in absolute value, is worth an exchange
 AT_ONCE, PASSES = 16, 1000  # some hundred passes at a width of 4,096; the bound is for what rounding might go round in
-TOGETHER = 64  # columns that are rounded before the others follow
 WILD = 1e3  # elimination's coefficients are below 10 on real layers, and may be 2^r on a contrived one
 
 
@@ -37,26 +35,6 @@ def pivots(basis: Tensor) -> tuple[Tensor, Tensor]:
     first = torch.cat([chosen.sort().values, is_other.nonzero()[:, 0]])
     order = torch.stack([first, torch.argsort(first)])
     return order, torch.linalg.solve(Q[first[:r]], Q[first[r:]], left=False)
-
-
-def rounded(far: Tensor, H: Tensor, dtype: torch.dtype) -> Tensor:
-    """`far` (n, r), float64, in `dtype`, off by an E of which tr(E H Eᵀ) is small, H (r, r) positive definite.
-
-    Column after column; what one is off by is made up for by those after it, as far as they can (Frantar et al. 2023, GPTQ, whose
-    Hessian H is).
-    """
-    r = far.shape[1]
-    root = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True).float()
-    left, found = far.T.float().contiguous(), far.new_empty(r, len(far), dtype=dtype)
-    for start in range(0, r, TOGETHER):
-        stop = min(start + TOGETHER, r)
-        errors = left.new_empty(stop - start, len(far))
-        for j in range(start, stop):
-            found[j] = left[j].to(dtype)
-            errors[j - start] = (left[j] - found[j].float()) / root[j, j]
-            left[j + 1 : stop] -= root[j, j + 1 : stop, None] * errors[j - start]
-        left[stop:] -= root[start:stop, stop:].T @ errors
-    return found.T
 
 
 def is_order(order: Tensor) -> bool:
