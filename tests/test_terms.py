@@ -203,3 +203,21 @@ def test_where_a_label_may_end_the_process_only_known_ones_are_tried():
     losses.terms.takes, losses.terms.left = None, []
     losses.prepare((x, labels), 0)
     assert -100 in seen
+
+
+@pytest.mark.parametrize("margin", [1.0, 3.7, 8.0])
+def test_a_small_loss_in_half_precision_is_known_as_well_as_its_margin(margin):
+    """Two batches of the same examples may round logits by another hundredth or two: of a small loss that is more than 3%."""
+    model, x = nn.Linear(1, 2, bias=False).bfloat16(), torch.ones(8, 1, dtype=torch.bfloat16)
+
+    def loss(model, batch):
+        rounded = 1 + 0.015 * (-1) ** len(batch["x"])
+        wide = model(batch["x"]).float() * 0 + torch.tensor([0.0, margin * rounded])
+        return F.cross_entropy(wide, batch["labels"])
+
+    rows = {"x": x[:7], "labels": torch.ones(7, dtype=torch.long)}  # cut in three and four
+    losses = LossSum(model, loss)
+    losses.prepare(rows, 0)
+    assert losses.terms.of(rows) == (7, 7)
+    with pytest.raises(JactusError, match="no sum and no mean"):
+        LossSum(model.float(), loss).prepare({"x": rows["x"].float(), "labels": rows["labels"]}, 0)

@@ -41,7 +41,7 @@ class DecoderCache:
         without = value(one)
         self._set(True)
         within = value(one)
-        differs = abs(within - without) > rounding(self.model)[0] * abs(without)
+        differs = abs(within - without) > rounding(self.model, without)[0] * abs(without)
         off = not differs or packed(batch)
         if off:
             self._set(False)

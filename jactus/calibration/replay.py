@@ -88,7 +88,7 @@ class Replay:
         """The loss of the kept outputs, which is the model's own."""
         with torch.no_grad(), self.of(len(self.outputs) - 1):
             again = run()
-        tolerance = rounding(self.model)[0]
+        tolerance = rounding(self.model, float(loss))[0]
         if abs(float(again) - float(loss)) > tolerance * max(abs(float(loss)), 1e-6):
             raise JactusError(
                 f"batch {index}: from the kept outputs of {sorted(self.frozen)[:3]} the loss is {float(again):.6g}, and the model's "

@@ -92,7 +92,7 @@ class Terms:
         """Raise JactusError where unreduced terms, or a sum that its user vouches for (`told`: a warning then), do not add up."""
         for probe in Probes(self.model, batch, [Rule("sum")]):
             whole, *parts = (float(self.value(b)) for b in (probe.whole, *probe.parts))
-            if abs(whole - sum(parts)) > rounding(self.model)[0] * max(sum(map(abs, parts)), 1e-30):
+            if abs(whole - sum(parts)) > rounding(self.model, whole)[0] * max(sum(map(abs, parts)), 1e-30):
                 what = (
                     f"{whole:.6g} of {size(probe.whole)} examples, {' + '.join(f'{v:.6g}' for v in parts)} of its parts"
                 )
@@ -186,8 +186,8 @@ class Terms:
                     continue
                 raise
             wide = values[0].element_size() >= 4
-            tolerances = FULL if probe.same_inputs and wide else rounding(self.model)
             whole, *parts = map(float, values)
+            tolerances = FULL if probe.same_inputs and wide else rounding(self.model, whole)
             values_say = all(map(math.isfinite, (whole, *parts))) and any((whole, *parts))
             if number == 0 and not values_say:
                 return []

@@ -21,7 +21,7 @@ from ..model.targets import Target
 from .evidence import SAME, Evidence, Lies, Untold, alike, lay
 from .examples import Where, few, size, take
 from .padding import Masks, Suspect, cut, masks_of, suspects
-from .rounding import HALF, is_half
+from .rounding import is_half, rounding
 from .tracing import Call, Trace, trace
 
 logger = logging.getLogger("jactus")
@@ -127,7 +127,7 @@ class Tokens:
                 padded, bare = self.value(take(batch, [row])), self.value(cut(batch, masks, row, self.model))
                 if not padded or padded != padded:
                     continue  # no label of its own: another example may tell
-                same = abs(padded - bare) <= (HALF[0] if half else EXACT) * abs(padded)
+                same = abs(padded - bare) <= (rounding(self.model, padded)[0] if half else EXACT) * abs(padded)
                 # nor may the rows of what is left change: a token may matter little to a loss
                 self.judged[suspect] = same and self._rows_agree(batch, masks, SAME / 2 if half else 3 * EXACT)
                 if self.judged[suspect]:
