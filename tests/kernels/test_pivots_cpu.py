@@ -75,6 +75,33 @@ def test_widen_through_a_core_and_its_gradients(T, d, r, q, dtype, biased):
     assert g_C.shape == found[1].shape
 
 
+@pytest.fixture
+def undefined_memory_is_nan():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("undefined_memory_is_nan")
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("T,d,r,q", [(196, 576, 75, 46), (126, 100, 86, 33), (33, 192, 176, 35)])
+def test_nothing_comes_of_memory_that_nobody_wrote(T, d, r, q, dtype, monkeypatch):
+    """A product by AMX multiplies what lies beside a row of odd length by zero, and of a NaN that is a NaN."""
+    monkeypatch.setattr(cpu, "PIECE", 64)
+    x, z, C, B, order, bias, g = made(T, d, r, q, dtype)
+    assert torch.empty(3, dtype=dtype).isnan().all()
+    close(cpu.narrow(x, B, order), reference.narrow(x, B, order), reference.narrow(*doubled(x, B, order)))
+    inputs = (z, C, B, order, bias)
+    close(cpu.core_widen(*inputs), reference.core_widen(*inputs), reference.core_widen(*doubled(*inputs)))
+    inputs = (x[:, :r], B, order)
+    close(cpu.widen(*inputs), reference.widen(*inputs), reference.widen(*doubled(*inputs)))
+    inputs = (g, z, C, B, order)
+    theirs = reference.core_widen_backward(*inputs, True, True)
+    exact = reference.core_widen_backward(*doubled(*inputs), True, True)
+    for found in zip(cpu.core_widen_backward(*inputs, True, True), theirs, exact):
+        close(*found)
+
+
 @pytest.mark.parametrize("needs", [(True, False), (False, True)])
 def test_only_the_gradients_asked_for(needs):
     _, z, C, B, order, _, g = made(11, 9, 5, 7, torch.float64)
