@@ -109,10 +109,8 @@ def core_widen_backward(
 def _widened(z: Tensor, C: Tensor | None, B: Tensor, order: Tensor, bias: Tensor | None) -> Tensor:
     d, r = order.shape[1], B.shape[1]
     flat = z.reshape(-1, z.shape[-1])
-    y, room = (
-        z.new_empty(*z.shape[:-1], d),
-        _room(flat, d).zero_(),
-    )  # AMX multiplies by zero what lies beside a row
+    y = z.new_empty(*z.shape[:-1], d)
+    room = _room(flat, d).zero_()  # AMX multiplies what lies beside a row by zero, and NaN times zero is NaN
     for some, to in zip(flat.split(PIECE), y.view(-1, d).split(PIECE)):
         apart = room[: len(some)]
         if C is None:
