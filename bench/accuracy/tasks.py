@@ -150,9 +150,7 @@ TASKS = _table(
     Task("arc-easy", load=functools.partial(_questions, ("arc-easy",), (2000, 251, 800)), **COMMONSENSE),
 )
 VISION = ("digits",)
-PHOTOGRAPHS = ("cifar10", "textures", "flowers", "tinyimagenet")
-GREYS = ("mnist", "fashion-mnist")
-PICTURES = (*PHOTOGRAPHS, *GREYS)  # for DINOv2-small
+PICTURES = ("cifar10", "textures", "flowers", "tinyimagenet", "mnist", "fashion-mnist")  # for DINOv2-small
 TEXT = ("sarcasm", "movies", "newsgroups")
 LANGUAGES = ("wikipedia", "openwebtext")
 ASKED = ("commonsense",)
