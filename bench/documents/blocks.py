@@ -35,7 +35,7 @@ HEADLINE = ("full", "lora", "dora", "jactus 80%", "svd-llm+lora 80%", "jactus 50
 
 def headline() -> str:
     """The README's one table: text, images, questions and language side by side."""
-    kinds = "text", "images", "questions", "perplexity"
+    kinds = "text", "pictures", "questions", "perplexity"
     text, images, questions, language = (one_table("accuracy.md", SHORT[kind][1]) for kind in kinds)
 
     def at(lines: list[Line], method: str, column: str) -> str:
@@ -45,7 +45,7 @@ def headline() -> str:
     found = []
     for method in HEADLINE:
         name, _, budget = method.partition(" ")
-        scores = (at(text, method, "mean"), at(text, method, "− LoRA, paired"), at(images, method, "digits"))
+        scores = (at(text, method, "mean"), at(text, method, "− LoRA, paired"), at(images, method, "mean"))
         size = (at(text, method, "deployed"), at(text, method, "trainable"))
         others = (at(questions, method, "mean"), at(language, method, "wikipedia"))
         found.append((f"{NAMES[name]} {budget}".strip(), *scores, *others, *size))
@@ -77,9 +77,6 @@ TEXT_COLUMNS = (
     "in training",
     "trainable",
 )
-IMAGES_SHOWN = ("full", "lora", "dora", "eva", "svd-llm+lora 80%", "svd-llm+lora 35%",
-                "cersa 80%", "cersa 35%")  # fmt: skip
-IMAGES_COLUMNS = ("digits", "− LoRA, paired", "untrained", "deployed", "trainable")
 PICTURES_SHOWN = ("full", "lora", "dora", "jactus 80%", "svd-llm+lora 80%", "jactus 50%")
 PICTURES_COLUMNS = (*PICTURES, "mean", "− LoRA, paired", "untrained", "deployed", "trainable")
 LANGUAGE_SHOWN = ("full", "lora", "jactus 80%", "svd-llm+lora 80%", "jactus 50%",
@@ -274,7 +271,6 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "families": families.block,
     "headline": headline,
     "text": functools.partial(selected, *SHORT["text"], TEXT_SHOWN, TEXT_COLUMNS),
-    "images": functools.partial(selected, *SHORT["images"], IMAGES_SHOWN, IMAGES_COLUMNS),
     "pictures": functools.partial(so_far, "pictures", PICTURES_SHOWN, PICTURES_COLUMNS),
     "arc": functools.partial(so_far, "arc", QUESTIONS_SHOWN, ("arc-easy", "deployed", "in training", "trainable")),
     "questions": functools.partial(so_far, "questions", QUESTIONS_SHOWN, (*SETS, "mean", "− LoRA, paired", "untrained")),

@@ -181,7 +181,11 @@ def test_leads_are_over_whole_models_and_over_pipelines_of_the_same_budget():
 
 
 def test_a_partly_measured_table_says_over_how_many_tasks_a_lead_is():
-    scores = {"lora": (0.7, tasks.PICTURES[:3]), "jactus": (0.73, tasks.PICTURES[:2]), "full": (0.8, ("cifar10", "mnist"))}
+    scores = {
+        "lora": (0.7, tasks.PICTURES[:3]),
+        "jactus": (0.73, tasks.PICTURES[:2]),
+        "full": (0.8, ("cifar10", "mnist")),
+    }
     rows = []
     for e in matrix.pictures():
         value, known = scores.get(e.method, (0, ()))
