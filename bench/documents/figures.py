@@ -18,8 +18,6 @@ from .tables import RESULTS, Line, cell, full, one_table, tables
 SHORT = {
     "text": ("accuracy.md", "training, %: text"),
     "lead": ("accuracy.md", "ahead, text"),
-    "images": ("accuracy.md", "training, %: images"),
-    "images-lead": ("accuracy.md", "ahead, images"),
     "pictures": ("accuracy.md", "training, %: DINOv2-small"),
     "pictures-lead": ("accuracy.md", "ahead, DINOv2-small"),
     "perplexity": ("accuracy.md", "Perplexity"),
