@@ -61,7 +61,7 @@ def table() -> str:
     rows = []
     for name, config in CONFIGS.items():
         print(name, file=sys.stderr, flush=True)
-        plain = estimate(config, jactus.JactusConfig(union_share=0.0))
+        plain = estimate(config)
         task = estimate(config, jactus.JactusConfig(union_share=0.1))
         rows.append(
             (
@@ -82,7 +82,7 @@ def h100() -> str:
     rows = []
     for name in ("Llama-2-7B", "Llama-2-70B"):
         weights = estimate(CONFIGS[name]).weights
-        e = estimate(CONFIGS[name], jactus.JactusConfig(union_share=0.0), memory_limit=weights // 4)
+        e = estimate(CONFIGS[name], memory_limit=weights // 4)
         for count in (1, 8):
             sums = e.at_a_time / count
             adapting = e.weights / count + max(sums + e.working + e.directions, e.making)

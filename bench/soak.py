@@ -24,7 +24,6 @@ import torch.distributed as dist
 import jactus
 from jactus.calibration.passes import sum_bytes
 from jactus.checkpoints.quantizer import file_digest
-from jactus.model.families import output_embedding
 from jactus.model.targets import find_targets
 
 from . import report
@@ -119,7 +118,7 @@ def soak() -> str:
     """The log of it all, as a document. Raises SystemExit where the results differ."""
     started = time.monotonic()
     model, _ = smollm2()
-    config = jactus.JactusConfig().with_share(output_embedding(model) is not None)
+    config = jactus.JactusConfig()
     whole = sum(sum_bytes(target, config) for target in find_targets(model, config).values())
     del model
     limit = whole // 3

@@ -65,6 +65,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="what a rank counts: as it is deployed, as a pair of factors, or with its core as the paper counts",
     )
     parser.add_argument("--union", nargs="+", default=["weight", "gradient"], help="weight, covariance, gradient")
+    parser.add_argument("--union-share", type=float, default=0.0, help="what part of each rank the union's others have")
     parser.add_argument("--calibration-rows", type=int, default=2048)
     parser.add_argument("--snapshot-seconds", type=float, default=1800, help="calibration resumes from the last one")
     parser.add_argument("--memory-limit", type=float, help="bytes of sums at a time, e.g. 40e9; more takes more passes")
@@ -103,7 +104,7 @@ def check(args: argparse.Namespace) -> JactusConfig:
         budget=args.budget,
         accounting=args.accounting,
         union=args.union,
-        union_share=0.1,  # as in the paper: directions of the task beside the weight's, which cost some of the language
+        union_share=args.union_share,
     )
 
 
@@ -181,7 +182,7 @@ def prepare(args: argparse.Namespace, config: JactusConfig) -> Any:
     if needed > there and not args.plan:
         raise JactusError(
             f"calibration needs {needed / 1e9:.4g} GB on {place}, which has {there / 1e9:.4g} GB; give a smaller "
-            "--memory-limit, --statistics-device cpu, or --union weight covariance (no mean gradients)"
+            "--memory-limit, --statistics-device cpu, or --union-share 0 (no directions for the task)"
         )
     return tokenizer
 
@@ -251,7 +252,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     rows = read(args.train, args.max_train, args.seed)
     tests = {task: read(args.test / task / "test.json", args.max_test, args.seed, test=True) for task in args.tasks}
     plan = jactus.Plan.load(args.plan).at(args.budget) if args.plan else None
-    for name in ("budget.accounting", "union") if plan else ():
+    for name in ("budget.accounting", "union", "union_share") if plan else ():
         there, here = attrgetter(name)(plan.config), attrgetter(name)(config)
         name = name.removeprefix("budget.")
         if there != here:

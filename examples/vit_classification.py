@@ -62,6 +62,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="what a rank counts: as it is deployed, as a pair of factors, or with its core as the paper counts",
     )
     parser.add_argument("--union", nargs="+", default=["weight", "gradient"], help="weight, covariance, gradient")
+    parser.add_argument("--union-share", type=float, default=0.0, help="what part of each rank the union's others have")
     parser.add_argument("--head-rows", type=int, default=5000, help="images that the fresh head is fitted to")
     parser.add_argument("--calibration-rows", type=int, default=1024)
     parser.add_argument("--memory-limit", type=float, help="bytes of sums at a time, e.g. 40e9; more takes more passes")
@@ -99,6 +100,7 @@ def check(args: argparse.Namespace) -> JactusConfig:
         budget=args.budget,
         accounting=args.accounting,
         union=args.union,
+        union_share=args.union_share,
     )
 
 
@@ -136,7 +138,7 @@ def prepare(args: argparse.Namespace, config: JactusConfig) -> Any:
     if needed > there:
         raise JactusError(
             f"calibration needs {needed / 1e9:.4g} GB on {place}, which has {there / 1e9:.4g} GB; give a smaller "
-            "--memory-limit, --statistics-device cpu, or --union weight covariance (no mean gradients)"
+            "--memory-limit, --statistics-device cpu, or --union-share 0 (no directions for the task)"
         )
     return processor
 

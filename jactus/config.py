@@ -45,10 +45,10 @@ class JactusConfig:
         "Where directions come from: 'weight' (SVD in the metric; always), 'covariance' (leading eigenvectors of G and "
         "A: the paper's), 'gradient' (leading singular vectors of the mean gradient: our addition).",
     )
-    union_share: float | None = option(
-        None,
-        "The part of each rank given to the sources other than 'weight', in [0, 1). None: a tenth, and nothing in language "
-        "models, whose loss is to be preserved (our choice; both measured).",
+    union_share: float = option(
+        0.0,
+        "The part of each rank given to the sources other than 'weight', in [0, 1). 0: none, since what a share gave "
+        "was within the noise, and calibration then needs less memory (our choice; the paper's union has one).",
     )
     allocation: Any = option(
         Allocation(), "How the budget is shared among layers: 'global', 'uniform', or an `Allocation` with its floors."
@@ -85,7 +85,7 @@ class JactusConfig:
             and "weight" in self.union
             and set(self.union) <= set(SOURCES)
             and len(set(self.union)) == len(self.union),
-            "union_share": self.union_share is None or (number(self.union_share) and 0 <= self.union_share < 1),
+            "union_share": number(self.union_share) and 0 <= self.union_share < 1,
             "allocation": isinstance(self.allocation, Allocation),
             "core": isinstance(self.core, Core),
             "dtype": self.dtype is None or is_floating(self.dtype),
@@ -119,18 +119,9 @@ class JactusConfig:
         return not self.task_sources
 
     @property
-    def share(self) -> float:
-        """`union_share`; where None, that of a model which is not of language."""
-        return 0.1 if self.union_share is None else self.union_share
-
-    @property
     def task_sources(self) -> tuple[str, ...]:
         """The union's sources other than the weight; none when they get no share of the rank."""
-        return tuple(s for s in self.union if s != "weight") if self.share > 0 else ()
-
-    def with_share(self, of_language: bool) -> "JactusConfig":
-        """The same with the share of the rank that `union_share=None` stands for."""
-        return self.replace(union_share=0.0 if of_language and self.union_share is None else self.share)
+        return tuple(s for s in self.union if s != "weight") if self.union_share > 0 else ()
 
     def basis_dtype(self, weight: torch.dtype) -> torch.dtype:
         """What U and V are stored in where a weight of that dtype stood."""

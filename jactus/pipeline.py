@@ -120,15 +120,14 @@ def planned_by_part(
     options: those of `calibrate`. Raises JactusError as `calibrate` and `plan` do.
     """
     refuse_absent(find_targets(model, config))
-    whole = config.with_share(output_embedding(model) is not None)
     with ExitStack() as stack:
         snapshots = stack.enter_context(
-            Snapshots(own_file(resume), resume_every, whole, sums, model, makes_spectra(config))
+            Snapshots(own_file(resume), resume_every, config, sums, model, makes_spectra(config))
         )
         folder = snapshots.folder or stack.enter_context(TemporaryDirectory(prefix="jactus-"))
         shelf = Shelf(folder)
         parts = by_part(model, batches, config, sums, progress=progress, group=group, snapshots=snapshots, **options)
-        yield _planned(model, parts, whole, shelf, resume, progress, group), shelf
+        yield _planned(model, parts, config, shelf, resume, progress, group), shelf
         snapshots.clear()
 
 

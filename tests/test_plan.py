@@ -362,27 +362,24 @@ def test_the_defaults_are_what_the_help_says():
     assert hash(config) == hash(JactusConfig(target_modules="all-linear"))
 
 
-@pytest.mark.parametrize(("family", "share"), [(LLAMA, 0.0), (T5, 0.0), (BERT, 0.1), (VIT, 0.1)])
-def test_unless_told_otherwise_the_task_has_a_share_of_the_rank_but_in_language_models(family, share, tmp_path):
+@pytest.mark.parametrize("family", [LLAMA, T5, BERT, VIT], ids=lambda f: f.name)
+def test_unless_asked_for_the_task_has_no_share_of_the_rank_and_its_gradient_is_not_summed(family):
     model = family.model()
-    config = JactusConfig().replace(rank_multiple=2)
+    statistics = jactus.calibrate(model, family.batches(), JactusConfig().replace(rank_multiple=2), progress=False)
+    assert all(layer.gradient_sum is None for layer in statistics.layers.values())
+    plan = jactus.plan(model, statistics, progress=False)
+    assert all(
+        layer.weight_rank(plan.ranks[name], plan.config) == plan.ranks[name] for name, layer in plan.layers.items()
+    )
+
+
+@pytest.mark.parametrize("family", [LLAMA, BERT], ids=lambda f: f.name)
+def test_a_share_that_is_asked_for_is_given_and_needs_the_gradients(family):
+    model, config = family.model(), JactusConfig().replace(rank_multiple=2, union_share=0.3)
     statistics = jactus.calibrate(model, family.batches(), config, progress=False)
-    summed = {layer.gradient_sum is not None for layer in statistics.layers.values()}
-    assert summed == {share > 0}  # and what has no share need not be summed
-    plan = jactus.plan(model, statistics, config, progress=False)
-    assert plan.config.union_share == share
-    assert plan.ranks == jactus.plan(model, statistics, config.replace(union_share=share), progress=False).ranks
-    plan.save(tmp_path / "plan")
-    assert Plan.load(tmp_path / "plan").config == plan.config
-    assert plan.with_config(union_share=None).config == plan.config
-
-
-def test_a_share_asked_for_in_a_language_model_is_given_and_needs_the_gradients():
-    model, config = LLAMA.model(), JactusConfig().replace(rank_multiple=2, union_share=0.3)
-    statistics = jactus.calibrate(model, LLAMA.batches(), config, progress=False)
     plan = jactus.plan(model, statistics, config, progress=False)
     assert any(layer.weight_rank(plan.ranks[name], config) < plan.ranks[name] for name, layer in plan.layers.items())
-    without = jactus.calibrate(model, LLAMA.batches(), config.replace(union_share=None), progress=False)
+    without = jactus.calibrate(model, family.batches(), config.replace(union_share=0.0), progress=False)
     with pytest.raises(JactusError, match="no mean gradients"):
         jactus.plan(model, without, config, progress=False)
 

@@ -154,11 +154,13 @@ def test_vit_rows_are_drawn_from_all_classes_by_the_seed(images):
     assert drawn(0) == drawn(0) != drawn(1)
 
 
-def test_vit_says_what_calibration_will_hold(images, capsys):
-    args = vit.parse(vit_options(images, output=images / "new"))
+@pytest.mark.parametrize("share", [0, 0.1])
+def test_vit_says_what_calibration_will_hold(share, images, capsys):
+    args = vit.parse(vit_options(images, output=images / "new", union_share=share))
     vit.prepare(args, vit.check(args))
-    # a block: q, k, v and o with 3·64² sums each, the two layers of the MLP with 64² + 96² + 64·96; float32
-    total = 4 * (4 * 3 * 64**2 + 2 * (64**2 + 96**2 + 64 * 96))
+    # a block: q, k, v, o and the two layers of the MLP with two squares of the shorter side each, or q, k, v and o with 3·64² and
+    # the others with 64² + 96² + 64·96; float32
+    total = 4 * (4 * 3 * 64**2 + 2 * (64**2 + 96**2 + 64 * 96)) if share else 4 * 6 * 2 * 64**2
     assert f"at most {total / 1e9:.4g} GB of sums at a time, {total / 1e9:.4g} GB in 1 pass" in capsys.readouterr().out
 
 

@@ -28,7 +28,7 @@ def measure(cell: Cell, threads: int, autocast: torch.dtype | None, untrained: b
     case = prepared(task, head, cell.seed, device)
     statistics = None
     if is_compressed(cell.method):
-        statistics = calibrated(task, case, seen, cell.seed, head, autocast, needs_all(cell.method, case.model))
+        statistics = calibrated(task, case, seen, cell.seed, head, autocast, needs_all(cell.method))
     context = Context(statistics, calibration_batches(task, case, min(seen, FEW), cell.seed), cell.seed)
     model = build(cell.method, case.model, context, cell.budget)
     del statistics, context

@@ -10,7 +10,6 @@ from torch import nn
 
 import jactus
 from jactus.config import FLAT
-from jactus.model.families import output_embedding
 from jactus_kernels import JactusError
 
 from .compressors import COMPRESSORS
@@ -93,10 +92,10 @@ def is_compressed(method: str) -> bool:
     return variant(method) is not None or method.removesuffix("+lora") in (*COMPRESSORS, "cersa")
 
 
-def needs_all(method: str, model: nn.Module) -> bool:
+def needs_all(method: str) -> bool:
     """Whether a compressed method reads more of the sums than those of each layer's smaller side."""
     chosen = variant(method)
-    return chosen is None or not chosen.config.with_share(output_embedding(model) is not None).smaller_sides
+    return chosen is None or not chosen.config.smaller_sides
 
 
 def own_rates(method: str, model: nn.Module, lr: float) -> dict[str, float]:

@@ -13,13 +13,13 @@ from jactus.planning.subspace import Directions, Side
 
 from ..report import versions
 from . import checks, subjects
-from .calibration import COVARIANCES
+from .calibration import COVARIANCES, WITH_GRADIENT
 from .race import Ratio, race, ratio
 from .store import Row, Setting, compared
 
 CONFIGS = {
     "input metric": jactus.JactusConfig(metric="input", union=("weight",)),
-    "fisher and union": jactus.JactusConfig(),
+    "fisher and union": WITH_GRADIENT,
 }
 LLAMA_LAYERS = 32
 ROWS = 32  # images of 197 tokens: twice as many as the widest layer has inputs
@@ -28,7 +28,7 @@ ROWS = 32  # images of 197 tokens: twice as many as the widest layer has inputs
 def planning(threads: tuple[int, ...] = (1, 2)) -> Iterator[Row]:
     """All spectra, directions and the allocation of two blocks of ViT-B."""
     model = subjects.dense("vit-b")
-    statistics = jactus.calibrate(model, [subjects.batch("vit-b", ROWS, 197)], jactus.JactusConfig(), progress=False)
+    statistics = jactus.calibrate(model, [subjects.batch("vit-b", ROWS, 197)], WITH_GRADIENT, progress=False)
     for count in threads:
         torch.set_num_threads(count)
         yield from _planning(Setting("vit-b", "float64", count), model, statistics, 5)
@@ -39,7 +39,8 @@ def planning_7b() -> Iterator[Row]:
     torch.set_num_threads(2)
     model = subjects.dense("llama-7b")
     kept = r"self_attn\.q_proj|mlp\.(up|down)_proj"
-    configs = {name: config.replace(target_modules=rf".*({kept})") for name, config in CONFIGS.items()}
+    narrowed = {"target_modules": rf".*({kept})", "union_share": 0.0}  # its rows have no union
+    configs = {name: config.replace(**narrowed) for name, config in CONFIGS.items()}
     seen = [subjects.batch("llama-7b", 2, 512)]
     whole = COVARIANCES.replace(target_modules=configs["input metric"].target_modules)  # the full SVD asks for them
     statistics = jactus.calibrate(model, seen, whole, progress=False)

@@ -77,7 +77,7 @@ TEXT_COLUMNS = (
     "in training",
     "trainable",
 )
-PICTURES_SHOWN = ("full", "lora", "dora", "jactus 80%", "svd-llm+lora 80%", "jactus 50%")
+PICTURES_SHOWN = ("full", "lora", "dora", "jactus 80%", "jactus[union_share=0.1] 80%", "svd-llm+lora 80%", "jactus 50%")
 PICTURES_COLUMNS = (*PICTURES, "mean", "− LoRA, paired", "untrained", "deployed", "trainable")
 LANGUAGE_SHOWN = ("full", "lora", "jactus 80%", "svd-llm+lora 80%", "jactus 50%",
                   "svd-llm+lora 50%")  # fmt: skip
@@ -109,7 +109,7 @@ TRIED = {
         "covariance": "union=weight+covariance",
         "both": "union=weight+covariance+gradient",
     },
-    "`union_share=None`: a tenth": {"0": "union_share=0", "0.25": "union_share=0.25"},
+    "a tenth for the task": {"0": "union_share=0", "0.25": "union_share=0.25"},
     '`Core(coordinates="fisher")`': {"orthonormal": "coordinates=orthonormal"},
     "`Core(coordinate_damping=1)`": {"0.1": "coordinate_damping=0.1", "10": "coordinate_damping=10"},
     "`Core(step_scaling=0.5)`": {"0": "step_scaling=0", "1": "step_scaling=1"},

@@ -5,7 +5,6 @@ from typing import Any
 
 from ..calibration.passes import partition, sum_bytes
 from ..calibration.summing import Summing
-from ..model.families import output_embedding
 from ..model.targets import find_targets
 from . import subject
 from .encoding import encode
@@ -23,7 +22,6 @@ def cost(settings: Settings, verb: str = "fit") -> dict[str, Any]:
     model = subject.empty(settings, data)
     config = settings.config()
     targets = find_targets(model, config)
-    config = config.with_share(output_embedding(model) is not None)
     limit = None if settings.memory_limit is None else int(settings.memory_limit)
     sums = Summing.checked(memory_limit=limit)
     passes = [sum(sum_bytes(t, config, sums) for t in part) for part in partition(targets, config, sums)]

@@ -24,7 +24,7 @@ from ..calibration.sides import Sides, sides
 from ..calibration.summing import Summing
 from ..calibration.tracing import trace
 from ..config import JactusConfig
-from ..model.families import head_parameters, is_encoder_decoder, output_embedding
+from ..model.families import head_parameters, is_encoder_decoder
 from ..model.lowrank import core_shape
 from ..model.targets import Target, find_targets
 from ..planning.allocation import Offer, admissible_ranks, allocate, parameters
@@ -121,7 +121,6 @@ def estimate(
     config = config or JactusConfig()
     model = source if isinstance(source, nn.Module) else _on_meta(_config(source))
     targets = find_targets(model, config)
-    config = config.with_share(output_embedding(model) is not None)
     own = next(model.parameters()).dtype if isinstance(source, nn.Module) else getattr(model.config, "dtype", None)
     dtype = dtype or own or torch.float32
     seen = _owners(model, targets)
@@ -141,7 +140,9 @@ def estimate(
     core = core_dtype(config, config.basis_dtype(dtype)).itemsize
     head = sum(p.numel() for p in head_parameters(model).values()) if "head" in config.trainable_extras else 0
     tokens = 4 * max(t.n for t in targets.values()) if tokens is None else tokens
-    tasks = {name: task_rank(min(t.m, t.n), config.share) if config.task_sources else 0 for name, t in targets.items()}
+    tasks = {
+        name: task_rank(min(t.m, t.n), config.union_share) if config.task_sources else 0 for name, t in targets.items()
+    }
     directions = {name: plan_bytes(t.m, t.n, tasks[name]) for name, t in targets.items()}
     return Estimate(
         type(model).__name__,

@@ -12,7 +12,6 @@ from torch import nn
 from jactus_kernels import JactusError
 
 from ..config import JactusConfig
-from ..model.families import output_embedding
 from ..model.targets import Target, find_targets, refuse_absent
 from .distributed import Group, agree, all_reduce_, first_of, meet, own_file, refuse_unready
 from .losses import Loss, LossSum
@@ -101,17 +100,16 @@ def by_part(
     snapshots: of a caller who plans each part before he asks for the next; its sums are then let go, and the snapshot is his to
     clear. A part that is planned already comes without sums, all of it `forgotten`. Raises JactusError as `calibrate`.
     """
-    chosen = config = config or JactusConfig()
+    config = config or JactusConfig()
     targets = find_targets(model, config)
     refuse_inference("calibrate", model)
-    config = config.with_share(output_embedding(model) is not None)
     refuse_absent(targets)
     for target in targets.values():
         if not torch.isfinite(target.weight).all():
             raise JactusError(f"{target} has weights that are not finite; the checkpoint is broken")
     refuse_unready("calibrate", group)
     if group is not None:
-        agree(group, "calibrate", model, **chosen.to_dict(), **sums.decisive())
+        agree(group, "calibrate", model, **config.to_dict(), **sums.decisive())
         progress = progress and first_of(group)
     passes = partition(targets, config, sums)
     if len(passes) > 1 and iter(batches) is batches:

@@ -61,7 +61,6 @@ def planned(
     targets = find_targets(model, config)
     refuse_absent(targets)
     of_language = output_embedding(model) is not None
-    config = config.with_share(of_language)
     if statistics is None and _needs_any(config):
         raise JactusError("plan needs statistics for this configuration; call jactus.calibrate first")
     logger.info(
@@ -170,7 +169,7 @@ def _check_statistics(targets: dict[str, Target], statistics: Statistics, config
             if wanted and not has:
                 raise JactusError(
                     f"{target}: the statistics hold its {what} only as its weight sees it, {kept}, and the task directions of "
-                    f"union={config.union}, union_share={config.share} need all of it; calibrate with this configuration"
+                    f"union={config.union}, union_share={config.union_share} need all of it; calibrate with this configuration"
                 )
 
 
@@ -242,7 +241,7 @@ def _plan_layer(
             metric_G,
             metric_A,
             keep=most,
-            tasks=task_rank(most, config.share) if config.task_sources else 0,
+            tasks=task_rank(most, config.union_share) if config.task_sources else 0,
             output_covariance=G if by_covariance else None,
             input_covariance=A if by_covariance else None,
             gradient=statistics.mean_gradient(target.name) if statistics and config.needs_gradient else None,

@@ -109,7 +109,7 @@ class PlannedLayer:
     def share(self, rank: int, config: JactusConfig) -> float:
         """The part of a rank that task directions take from weight directions: none where the layer has none of them, or
         its full rank."""
-        return config.share if self.directions.task_core.numel() and not self.is_full(rank) else 0.0
+        return config.union_share if self.directions.task_core.numel() and not self.is_full(rank) else 0.0
 
 
 REALLOCATES = ("budget", "allocation", "core", "trainable_extras")
@@ -138,8 +138,8 @@ def core_width(rank: int, m: int, n: int, config: JactusConfig) -> int:
 
 @dataclass(frozen=True)
 class Plan:
-    """Ranks for every target layer (None: stays as it is), and what they cost. `of_language`: the model is one of language,
-    which `union_share=None` goes by; `outputs`: layers that compute what it returns."""
+    """Ranks for every target layer (None: stays as it is), and what they cost. `of_language`: the model is one of language;
+    `outputs`: layers that compute what it returns."""
 
     layers: dict[str, PlannedLayer]
     config: JactusConfig
@@ -158,11 +158,10 @@ class Plan:
 
         Raises JactusError as JactusConfig, and for a setting that made the spectra: metric, damping, union, targets, dtypes.
         """
-        before = self.config.with_share(self.of_language)
-        config = before.replace(**changes).with_share(self.of_language)
+        before, config = self.config, self.config.replace(**changes)
         made = [f.name for f in fields(config) if f.name not in REALLOCATES]
         changed = [name for name in made if getattr(config, name) != getattr(before, name)]
-        if "union_share" in changed and config.share < before.share:
+        if "union_share" in changed and config.union_share < before.union_share:
             changed.remove("union_share")
         if config.core.dtype != before.core.dtype:
             changed.append("core.dtype")
@@ -297,8 +296,7 @@ def _tensors(d: Directions) -> dict[str, Tensor]:
 
 def with_ranks(plan: Plan) -> Plan:
     """The plan with ranks for its configured budget, from its spectra."""
-    config = plan.config.with_share(plan.of_language)
-    plan = replace(plan, config=config)
+    config = plan.config
     offers = [layer.offer(config, plan.of_language) for layer in plan.layers.values()]
     fraction = config.budget.fraction
     if config.budget.scope == "model":
