@@ -181,7 +181,7 @@ def test_calibration_is_checked_against_the_usual_way_and_counted_by_shape():
 
 def test_planning_is_checked_against_the_full_svd():
     model = tiny()
-    statistics = jactus.calibrate(model, [subjects.batch("llama-7b", 8, 64)], calibration.COVARIANCES, progress=False)
+    statistics = jactus.calibrate(model, [subjects.batch("llama-7b", 8, 64)], calibration.WITH_GRADIENT, progress=False)
     rows = list(planning._planning(AT, model, statistics, 2))
     assert [r.measure for r in rows] == ["planning, input metric", "planning, fisher and union"]
     assert rows[0].error < 1e-9
