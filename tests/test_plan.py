@@ -363,7 +363,7 @@ def test_the_defaults_are_what_the_help_says():
 
 
 @pytest.mark.parametrize("family", [LLAMA, T5, BERT, VIT], ids=lambda f: f.name)
-def test_unless_asked_for_the_task_has_no_share_of_the_rank_and_its_gradient_is_not_summed(family):
+def test_unless_asked_for_the_task_has_no_share_of_the_rank_and_its_gradient_is_not_summed(family, tmp_path):
     model = family.model()
     statistics = jactus.calibrate(model, family.batches(), JactusConfig().replace(rank_multiple=2), progress=False)
     assert all(layer.gradient_sum is None for layer in statistics.layers.values())
@@ -371,6 +371,8 @@ def test_unless_asked_for_the_task_has_no_share_of_the_rank_and_its_gradient_is_
     assert all(
         layer.weight_rank(plan.ranks[name], plan.config) == plan.ranks[name] for name, layer in plan.layers.items()
     )
+    plan.save(tmp_path / "plan")
+    assert Plan.load(tmp_path / "plan").config == plan.config
 
 
 @pytest.mark.parametrize("family", [LLAMA, BERT], ids=lambda f: f.name)

@@ -13,7 +13,7 @@ FIRST = SEEDS[:1]
 def entry(task: str, method: str, budget: float, seeds: tuple[int, ...] = SEEDS) -> Entry:
     """With the method's own grid; JACTUS on text runs at the rates chosen while a tenth of its rank was the task's, those of 80% at
     50% too."""
-    if method in ("jactus", UNITED) and task in TEXT and budget == 0.5:
+    if method in RATED and task in TEXT and budget == 0.5:
         return varied(entry(task, method, 0.8, seeds), budget=budget)
     if method == "jactus" and task in TEXT:
         return varied(entry(task, UNITED, budget, seeds), method=method)
@@ -42,6 +42,7 @@ COMPACT = "svd-llm-compact+lora"  # of the same deployed size, counted as JACTUS
 CERSA = "cersa"  # its steps are of another size than adapters': it tries rates of its own
 UNION = "union_share=0.1"
 UNITED = f"jactus[{UNION}]"
+RATED = ("jactus", UNITED)  # whose rates were chosen, the first's on text and images by the second
 WIDER = "jactus[core_width=2.0]"  # with about as many parameters to train as LoRA on two factors has
 WHOLE = ("full", "lora", "dora", "pissa", "corda", "eva", "eigentune")
 
@@ -73,7 +74,7 @@ OURS = {0.8: (1e-3, 2e-3, 4e-3), 0.5: (2e-3, 4e-3, 8e-3)}  # around what jactus.
 
 def spoken(task: str, method: str, budget: float, seeds: tuple[int, ...]) -> Entry:
     """Of a language: rates are chosen on Wikipedia, at 80% and JACTUS's at 50% too, and everything else takes them."""
-    ours = method in ("jactus", UNITED)
+    ours = method in RATED
     base = entry(LANGUAGES[0], "jactus" if ours else method, budget if ours else max(budget, 0.8), seeds)
     if ours:
         base = replace(base, grid=OURS[budget])
