@@ -143,7 +143,8 @@ OF_ASKED = tuple(f"{task}/{name}" for task in ASKED for name in SETS)
 def _by_set() -> list[Entry]:
     """What is measured of a mixture, and the same of each set that it is of: at the rate of the whole."""
     whole = [e for e in asked() if e.task in ASKED]
-    return [*whole, *(replace(e, task=f"{e.task}/{name}") for e in whole for name in SETS)]
+    of_one = [replace(e, task=f"{e.task}/{name}", like=e, parts=(1.0,)) for e in whole for name in SETS]
+    return [*whole, *of_one]
 
 
 def _asked_table(found: list[Summary]) -> str:
