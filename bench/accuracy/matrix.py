@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from .choice import SEEDS, Entry
 from .methods import EMBEDDINGS, rates, variant
-from .tasks import ASKED, LANGUAGES, LONG, PICTURES, TASKS, TEXT, VISION
+from .tasks import ASKED, LANGUAGES, LONG, OTHER, PICTURES, TASKS, TEXT, VISION
 
 FIRST = SEEDS[:1]
 
@@ -180,6 +180,13 @@ def _by_arc(method: str, budget: float, seeds: tuple[int, ...]) -> Iterator[Entr
         yield replace(varied(chosen, task=task), parts=(1.0, 2.0))
 
 
+def other() -> Iterator[Entry]:
+    """An encoder of another family: the first seed of all before the others of any."""
+    for seeds in (FIRST, SEEDS):
+        yield from each(("jactus", 0.8), ("lora", 1.0), ("full", 1.0), ("dora", 1.0), tasks=(OTHER,), seeds=seeds)
+        yield from each(("jactus", 0.8), tasks=(OTHER,), seeds=seeds, budget=0.5)
+
+
 CHANGES = (
     "step_scaling=0",
     "step_scaling=1",
@@ -253,4 +260,5 @@ STAGES = {
     "images": images,
     "pictures": pictures,
     "commonsense": asked,
+    "mpnet": other,
 }

@@ -72,9 +72,11 @@ class Task:
         return score if self.metric == "accuracy" else -score
 
 
-def _text(load: Callable[[], data.TextTask], length: int, rows: tuple[int, int]) -> Case:
+def _text(
+    load: Callable[[], data.TextTask], length: int, rows: tuple[int, int], encoder: Callable = models.minilm
+) -> Case:
     task = load()
-    model, tokenizer = models.minilm(len(task.labels))
+    model, tokenizer = encoder(len(task.labels))
     training, test = (encode(tokenizer, s, length)[:n] for s, n in zip((task.train, task.test), rows))
     return Case(model, training, encode(tokenizer, task.validation, length), test)
 
@@ -131,6 +133,13 @@ TASKS = _table(
     Task("movies", "accuracy", functools.partial(_text, data.movies, 64, (3000, 4000))),
     # Twenty classes of 150 rows each, seen twice: LoRA and JACTUS alike were best at the highest of the rates above.
     Task("newsgroups", "accuracy", functools.partial(_text, data.newsgroups, TOKENS, (3000, 4000)), rate=2.0),
+    # The same rows for an encoder of another family and a width of 768.
+    Task(
+        "newsgroups-mpnet",
+        "accuracy",
+        functools.partial(_text, data.newsgroups, TOKENS, (3000, 4000), models.mpnet),
+        rate=0.5,
+    ),
     Task("digits", "accuracy", _digits, epochs=8, calibration=1000, rate=2.0),
     Task("cifar10", load=functools.partial(_photographs, "cifar10", FEW_SHOT), **PICTURED),
     Task("textures", load=functools.partial(_photographs, "dtd10", (480, 120, 600)), **PICTURED),
@@ -154,6 +163,7 @@ PICTURES = ("cifar10", "textures", "flowers", "tinyimagenet", "mnist", "fashion-
 TEXT = ("sarcasm", "movies", "newsgroups")
 LANGUAGES = ("wikipedia", "openwebtext")
 ASKED = ("commonsense",)
+OTHER = "newsgroups-mpnet"  # neither BERT nor Llama
 LONG = "wikipedia-long"  # trains on all there is: 1,101 blocks
 
 

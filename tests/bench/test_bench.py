@@ -5,10 +5,10 @@ import math
 
 import pytest
 import torch
-from transformers import BertConfig, LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, LlamaConfig, LlamaForCausalLM, MPNetConfig
 
 from bench import baselines, data, training
-from bench.models import MeanPooledClassifier, masked_mean, minilm, smollm2
+from bench.models import MeanPooledClassifier, MeanPooledMPNet, masked_mean, minilm, smollm2
 from jactus_kernels import JactusError
 
 
@@ -219,6 +219,19 @@ def test_models_are_saved_and_loaded_whole(tmp_path):
     assert (
         model(**batch).loss.item() == torch.nn.functional.cross_entropy(model(**batch).logits, batch["labels"]).item()
     )
+
+
+def test_an_mpnet_is_saved_and_loaded_whole_and_its_padding_is_not_seen(tmp_path):
+    torch.manual_seed(0)
+    size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    model = MeanPooledMPNet(MPNetConfig(vocab_size=64, max_position_embeddings=32, num_labels=3, **size)).eval()
+    model.save_pretrained(tmp_path)
+    loaded = MeanPooledMPNet.from_pretrained(tmp_path).eval()
+    alone = torch.tensor([[5, 9, 11]])
+    padded = torch.nn.functional.pad(alone, (0, 2), value=model.config.pad_token_id)
+    mask = torch.tensor([[1, 1, 1, 0, 0]])
+    torch.testing.assert_close(loaded(padded, attention_mask=mask).logits, model(alone).logits, rtol=0, atol=1e-6)
+    assert not torch.allclose(loaded(padded).logits, model(alone).logits, atol=1e-3)
 
 
 def test_models_load_from_a_local_folder(tmp_path):
