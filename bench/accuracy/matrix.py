@@ -125,15 +125,16 @@ def images() -> Iterator[Entry]:
     yield from at_length(SEEDS)
 
 
-PICTURED = (2.5e-4, 5e-4, 1e-3)  # around what jactus.learning_rate says of DINOv2-small
+ORTHONORMAL = "coordinates=orthonormal"  # whose steps are of another size: it chooses from a grid of its own
+# Around what jactus.learning_rate says of DINOv2-small
+PICTURED = {UNITED: (2.5e-4, 5e-4, 1e-3), f"jactus[{ORTHONORMAL}]": (1e-4, 2e-4, 4e-4)}
 
 
 def seen(task: str, method: str, budget: float, seeds: tuple[int, ...]) -> Entry:
     """Of DINOv2-small: rates are chosen on CIFAR-10, at 80% of what has budgets and of JACTUS with a tenth of the rank for the
     task; everything else takes them."""
     base = entry(PICTURES[0], UNITED if method == "jactus" else method, max(budget, 0.8), seeds)
-    if base.method == UNITED:
-        base = replace(base, grid=PICTURED)
+    base = replace(base, grid=PICTURED.get(base.method, base.grid))
     if (task, method, budget) == (base.task, base.method, base.budget):
         return base
     return varied(base, task=task, method=method, budget=budget)
@@ -152,6 +153,7 @@ def pictures() -> Iterator[Entry]:
                 for method, budget in stage:
                     yield seen(task, method, budget, seeds)
     for task in PICTURES:
+        yield seen(task, f"jactus[{ORTHONORMAL}]", 0.8, SEEDS)
         yield seen(task, UNITED, 0.8, FIRST)
 
 
@@ -197,7 +199,7 @@ CHANGES = (
     "cores=uniform",  # global ranks with the trainable parameters of uniform ones, whatever they then store
     "rank_floor=0.0",
     "rank_floor=0.8",
-    "coordinates=orthonormal",
+    ORTHONORMAL,
     "coordinate_damping=0.1",
     "coordinate_damping=10",
     "metric=input",
@@ -218,7 +220,7 @@ CHANGES = (
 # Where compression hurts, what is kept decides more: the settings that shape the subspace and its ranks once more, there.
 DECISIVE = (
     "metric=identity,union=weight,coordinates=orthonormal",
-    "coordinates=orthonormal",
+    ORTHONORMAL,
     "metric=input",
     "union_share=0.25",
     "allocation=uniform",
@@ -229,6 +231,7 @@ ABLATED = (
     (0.35, (UNION,), TEXT, SEEDS),  # whether the union pays: with seeds, low budgets and little calibration
     (0.8, (UNION,), TEXT, SEEDS),
     (0.5, (UNION,), TEXT, SEEDS),
+    (0.8, (ORTHONORMAL,), TEXT, SEEDS),  # whitened coordinates cost on photographs: do they pay on text?
     (0.35, ("core_width=2.0",), TEXT, SEEDS),
     (0.35, ("calibration=64", f"calibration=64,{UNION}"), TEXT, FIRST),
     (0.8, OF_LANGUAGE, LANGUAGES[:1], FIRST),
@@ -236,7 +239,6 @@ ABLATED = (
     (0.8, CHANGES, ("newsgroups",), FIRST),
     (0.8, ("coordinate_damping=10",), ("sarcasm",), SEEDS),
 )
-OWN_RATE = "coordinates=orthonormal"  # steps of other coordinates are of another size: they choose from the whole grid
 
 
 def ablations() -> Iterator[Entry]:
@@ -249,7 +251,7 @@ def ablations() -> Iterator[Entry]:
             for change in changes:
                 for base in defaults:
                     method = f"jactus[{change}]"
-                    tuned = OWN_RATE in change or change == UNION
+                    tuned = ORTHONORMAL in change or change == UNION
                     yield entry(base.task, method, budget, seeds) if tuned else varied(base, method=method)
 
 
