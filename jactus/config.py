@@ -54,7 +54,7 @@ class JactusConfig:
         Allocation(), "How the budget is shared among layers: 'global', 'uniform', or an `Allocation` with its floors."
     )
 
-    core: Core = option(Core(), "What trains in a layer: a `Core` with its width, dtype and coordinates.")
+    core: Core = option(Core(), "What trains in a layer: a `Core` with its width and dtype.")
     dtype: str | None = option(None, "Storage of U and V, not wider than the layer they replace; None: its dtype.")
     trainable_extras: tuple[str, ...] = option(
         ("head",),
@@ -95,8 +95,6 @@ class JactusConfig:
         beside = f"accounting={self.budget.accounting!r} and trainable_rank={self.core.trainable_rank}"
         if self.core.width > 1 and not square:
             refuse(self.core, "width", beside)
-        if self.core.coordinate_damping < self.damping:
-            refuse(self.core, "coordinate_damping", f"damping={self.damping}")
 
     @property
     def needs_input(self) -> bool:
@@ -132,7 +130,7 @@ class JactusConfig:
 
         A number for the budget changes its fraction alone, a word for the allocation its method alone. One field of a group
         may be given by its flat name: budget_unit, accounting, scope, latency_tokens, rank_floor, uniform_part, rank_multiple,
-        core_width, trainable_rank, core_dtype, coordinates, coordinate_damping, step_scaling.
+        core_width, trainable_rank, core_dtype.
         """
         _refuse_gone(changes)
         inside: dict[str, dict[str, Any]] = {}
@@ -190,20 +188,21 @@ FLAT = {
     "core_width": ("core", "width"),
     "trainable_rank": ("core", "trainable_rank"),
     "core_dtype": ("core", "dtype"),
-    "coordinates": ("core", "coordinates"),
-    "coordinate_damping": ("core", "coordinate_damping"),
-    "step_scaling": ("core", "step_scaling"),
 }
-GONE = ("leave_dense", "full_rank")  # every layer may have its full rank, at which it costs what it costs dense
+_NO_RANK = (
+    "every layer may have any rank up to its full one, at which it is deployed as large as it was dense, and its core trains; to keep "
+    "a layer as it is, name it in exclude_modules"
+)
+_NO_COORDINATES = "bases are orthonormal; the function computed is the same"
+GONE = dict.fromkeys(("leave_dense", "full_rank"), _NO_RANK) | dict.fromkeys(
+    ("coordinates", "coordinate_damping", "step_scaling"), _NO_COORDINATES
+)
 OF_A_RUN = ("statistics_dtype", "statistics_device", "memory_limit", "loss_scale")  # arguments of `calibrate` since
 
 
 def _refuse_gone(names: Any) -> None:
     if found := [name for name in names if name in GONE]:
-        raise JactusError(
-            f"there is no option {found[0]} any more: every layer may have any rank up to its full one, at which it is deployed "
-            "as large as it was dense, and its core trains; to keep a layer as it is, name it in exclude_modules"
-        )
+        raise JactusError(f"there is no option {found[0]} any more: {GONE[found[0]]}")
 
 
 def _refuse_unknown(names: set[str], kind: str) -> None:
@@ -229,7 +228,18 @@ def _with_advice(init: Any) -> Any:
     return checked
 
 
+def _without_gone(init: Any) -> Any:
+    @functools.wraps(init)
+    def checked(self: Any, *args: Any, **options: Any) -> None:
+        _refuse_gone(options)
+        init(self, *args, **options)
+
+    return checked
+
+
 JactusConfig.__init__ = _with_advice(JactusConfig.__init__)  # type: ignore[method-assign]
+for _kind in GROUPS.values():
+    _kind.__init__ = _without_gone(_kind.__init__)  # type: ignore[misc]
 for _kind in (JactusConfig, *GROUPS.values()):
     _kind.__doc__ = f"{_kind.__doc__}\n" + "\n".join(
         f"    {f.name} (default {f.default!r}): {f.metadata['help']}" for f in fields(_kind)

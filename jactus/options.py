@@ -93,7 +93,7 @@ class Allocation:
 
 @dataclass(frozen=True)
 class Core:
-    """What trains in a layer: the core's shape, dtype and coordinates."""
+    """What trains in a layer: the core's shape and dtype."""
 
     width: float = option(
         1.0,
@@ -108,20 +108,6 @@ class Core:
         "optimizer.",
     )
     dtype: str | None = option(None, "Storage of the cores; None: the layer's dtype, at least float32.")
-    coordinates: str = option(
-        "fisher",
-        "Coordinates of the core: 'fisher' whitens the bases by the metric (by G and A under metric='fisher'), so that "
-        "Adam on the core is preconditioned (our choice; the function computed is the same); 'orthonormal' does not.",
-    )
-    coordinate_damping: float = option(
-        1.0, "Damping of the metric used for 'fisher' coordinates; at least `JactusConfig.damping`."
-    )
-    step_scaling: float = option(
-        0.5,
-        "In 'fisher' coordinates a layer's steps are scaled by (s / geometric mean of s over the layers)**step_scaling with "
-        "s = √(mean diag G · mean diag A): layers that the task's gradient reaches more strongly move faster (our choice, "
-        "measured; the function computed is the same). 0 moves all alike.",
-    )
 
     def __post_init__(self) -> None:
         plain_dtype(self, "dtype")
@@ -129,9 +115,6 @@ class Core:
             "width": number(self.width) and self.width >= 1 and (self.width == 1 or self.trainable_rank is None),
             "trainable_rank": self.trainable_rank is None or (whole(self.trainable_rank) and self.trainable_rank >= 1),
             "dtype": self.dtype is None or is_floating(self.dtype),
-            "coordinates": self.coordinates in ("fisher", "orthonormal"),
-            "coordinate_damping": number(self.coordinate_damping) and self.coordinate_damping > 0,
-            "step_scaling": number(self.step_scaling) and 0 <= self.step_scaling <= 1,
         }
         check(self, allowed)
 

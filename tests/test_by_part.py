@@ -14,8 +14,8 @@ import jactus
 from jactus import JactusError
 from jactus.calibration.snapshots import Snapshots
 from jactus.checkpoints import storage
-from jactus.planning.shelf import Shelf, Shelved
-from tests.models import BERT, FAMILIES, LLAMA, SMALL
+from jactus.planning.shelf import PLANNED, Shelf, Shelved
+from tests.models import BERT, FAMILIES, LLAMA, SMALL, planned
 from tests.unchanged import assert_same, state
 
 LIMIT = 25_000  # several parts of every family
@@ -227,3 +227,12 @@ def test_sums_that_are_never_whole_are_not_saved(tmp_path):
         adapted(LLAMA, model=model, **LESS, save=tmp_path / "sums")
     assert_same(before, state(model))
     assert not list(tmp_path.iterdir())
+
+
+def test_layers_that_an_interrupted_run_of_before_bases_were_orthonormal_planned_are_read(tmp_path):
+    layer = next(iter(planned("bert").layers.values()))
+    Shelf(tmp_path).put(layer)
+    (file,) = tmp_path.iterdir()
+    tensors, meta = storage.read(file, PLANNED)
+    storage.write(file, PLANNED, tensors, meta | {"scales": [1.0, 2.0]})
+    assert torch.equal(Shelf(tmp_path).get(layer.name).energies, layer.energies)

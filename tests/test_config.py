@@ -30,14 +30,11 @@ def test_every_field_of_a_group_has_a_flat_name_for_replace():
         "rank_multiple": 8,
         "core_width": 2.0,
         "core_dtype": "bfloat16",
-        "coordinates": "orthonormal",
-        "coordinate_damping": 3.0,
-        "step_scaling": 0.0,
     }
     config = JactusConfig().replace(**flat)
     assert config.budget == Budget(0.8, "bytes", "folded", "targets", 3)
     assert config.allocation == Allocation("global", 4, 0.25, 8)
-    assert config.core == Core(2.0, None, "bfloat16", "orthonormal", 3.0, 0.0)
+    assert config.core == Core(2.0, None, "bfloat16")
     assert JactusConfig().replace(core_dtype=torch.float64).core.dtype == "float64"
 
 
@@ -50,14 +47,25 @@ def test_flat_options_of_0_1_0_are_read_and_those_of_a_run_passed_over(floor, ex
     assert JactusConfig.from_dict(config.to_dict()) == config
 
 
-@pytest.mark.parametrize("gone", ["leave_dense", "full_rank"])
+@pytest.mark.parametrize(
+    ("gone", "group", "instead"),
+    [
+        ("leave_dense", "allocation", "exclude_modules"),
+        ("full_rank", "allocation", "exclude_modules"),
+        ("coordinates", "core", "orthonormal"),
+        ("coordinate_damping", "core", "orthonormal"),
+        ("step_scaling", "core", "orthonormal"),
+    ],
+)
 @pytest.mark.parametrize("value", [None, True, False])
-def test_options_that_are_no_more_are_refused_and_passed_over_in_old_files(gone, value):
+def test_options_that_are_no_more_are_refused_and_passed_over_in_old_files(gone, group, instead, value):
     for give in (lambda **changes: JactusConfig(**changes), SMALL.replace, planned("bert").with_config):
-        with pytest.raises(JactusError, match=f"there is no option {gone} any more.*exclude_modules"):
+        with pytest.raises(JactusError, match=f"there is no option {gone} any more.*{instead}"):
             give(**{gone: value})
+    with pytest.raises(JactusError, match=f"there is no option {gone} any more"):
+        {"core": Core, "allocation": Allocation}[group](**{gone: value})
     flat, grouped = {"budget": 0.6, gone: value}, SMALL.to_dict()
-    grouped["allocation"][gone] = value
+    grouped[group][gone] = value
     assert JactusConfig.from_dict(flat) == JactusConfig(0.6)
     assert JactusConfig.from_dict(grouped) == SMALL
 
@@ -96,7 +104,7 @@ def test_a_plan_refuses_a_setting_that_made_its_spectra(changes):
 
 def test_a_plan_takes_what_only_re_allocates():
     plan = planned("bert")
-    uniform = plan.with_config(allocation="uniform", budget=0.5, coordinates="orthonormal", trainable_extras=("bias",))
+    uniform = plan.with_config(allocation="uniform", budget=0.5, core_width=1.0, trainable_extras=("bias",))
     assert uniform.config.allocation == dataclasses.replace(plan.config.allocation, method="uniform")
     assert uniform.config.budget.fraction == 0.5
     assert uniform.layers is plan.layers

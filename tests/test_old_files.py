@@ -119,7 +119,7 @@ def test_cores_do_not_go_into_a_model_compressed_anew_whose_bases_are_stored_oth
 
 
 @old
-def test_an_old_plan_makes_the_bases_that_it_made(name):
+def test_an_old_plan_makes_layers_of_the_subspaces_that_it_made(name):
     model = jactus.compress(BY_NAME[name].model(), jactus.Plan.load(OLD / name / "plan.safetensors")).eval()
     saved = BY_NAME[name].auto.from_pretrained(OLD / name / "core").eval()
     assert compressed_layers(model).keys() == compressed_layers(saved).keys()
@@ -127,10 +127,9 @@ def test_an_old_plan_makes_the_bases_that_it_made(name):
     assert lower
     for key, layer in lower.items():  # of a full rank the longer side had task directions beyond it, and has none now
         new = model.get_submodule(key)
-        # both are stored in float32, row by row there: with whatever core, the layers are the same
+        # both are stored in float32, row by row and whitened there, orthonormal here; the cores there were trained
         for ours, theirs in zip(new.bases(), layer.bases()):
-            torch.testing.assert_close(ours, theirs, rtol=0, atol=3e-6 * float(theirs.abs().max()))
-        assert new.reach == pytest.approx(layer.reach, rel=1e-6)
+            torch.testing.assert_close(ours @ (ours.T @ theirs), theirs, rtol=0, atol=3e-5 * float(theirs.abs().max()))
 
 
 @old

@@ -24,7 +24,6 @@ Factorise = Callable[[Tensor, int, Statistics | None, str], tuple[Tensor, Tensor
 CERSA = JactusConfig().replace(
     metric="identity",
     union=("weight",),
-    coordinates="orthonormal",
     accounting="folded",
     allocation="uniform",
     rank_multiple=1,

@@ -18,8 +18,9 @@ from .peers import METHODS, Context
 # Budgets are of the *deployed* size, r(m+n−r) a layer: the package's own default.
 CONFIG = jactus.JactusConfig()
 
-# Each method's grid for text classification, of equal size, around what its literature advises.
+# Each method's grid for text classification, of equal size, around what its literature advises, and for ours what jactus.learning_rate does.
 RATES = {
+    "jactus": (5e-4, 1e-3, 2e-3),
     "full": (1e-4, 2e-4, 4e-4),
     "pissa": (5e-4, 1e-3, 2e-3),
     "corda": (5e-4, 1e-3, 2e-3),

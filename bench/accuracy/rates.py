@@ -15,7 +15,7 @@ import jactus
 from .. import rows as files
 from ..report import named, table, versions
 from .choice import SEEDS, Entry, chosen_rate, tried_rates
-from .matrix import RATED, STAGES
+from .matrix import STAGES
 from .methods import needs_all, variant
 from .store import Row
 from .tasks import TASKS, calibrated, prepared
@@ -24,7 +24,7 @@ from .tasks import TASKS, calibrated, prepared
 def chosen(rows: list[Row], tasks: list[str]) -> dict[tuple[str, str], dict[Entry, float]]:
     """For each task on which JACTUS has tried a whole grid: its entries, one a budget, and the rates that were best."""
     found: dict[tuple[str, str], dict[Entry, float]] = {}
-    entries = (e for stage in STAGES.values() for e in stage() if e.task in tasks and e.method in RATED)
+    entries = (e for stage in STAGES.values() for e in stage() if e.task in tasks and e.method == "jactus")
     entries = (e for e in entries if e.grid or len(e.parts) > 1)
     for e in {(e.task, e.method, e.budget): e for e in entries}.values():
         if (best := chosen_rate(e, rows)) is not None:

@@ -98,7 +98,7 @@ def reallocation() -> Iterator[Row]:
             empty = sigma.new_zeros(0, 0)
             nothing = [Side(sigma.new_zeros(0, 4096), empty, empty, empty) for _ in range(2)]
             found = Directions(*nothing, sigma, sigma.new_zeros(0, 0))
-            layers[f"{block}.{i}"] = PlannedLayer(f"{block}.{i}", m, n, "", found, (1.0, 1.0), 1, (2, 4, 2))
+            layers[f"{block}.{i}"] = PlannedLayer(f"{block}.{i}", m, n, "", found, 1, (2, 4, 2))
     plan = Plan(layers, jactus.JactusConfig().replace(union=("weight",)), {}, 0)
     seconds = []
     for budget in (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.35):

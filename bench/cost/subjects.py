@@ -21,9 +21,7 @@ Batch = dict[str, Tensor]
 REAL = {"minilm": "sarcasm", "smollm2": "wikipedia"}  # calibrated on that task
 SHAPED = ("vit-b", "llama-7b")  # random weights: the times do not depend on them
 MODELS = (*REAL, *SHAPED)
-UNIFORM = jactus.JactusConfig().replace(
-    allocation="uniform", metric="identity", union=("weight",), coordinates="orthonormal"
-)
+UNIFORM = jactus.JactusConfig().replace(allocation="uniform", metric="identity", union=("weight",))
 
 
 def dense(name: str) -> nn.Module:
@@ -81,7 +79,7 @@ def random_plan(model: nn.Module) -> Plan:
         empty = [Side(side, side[:, :0], side.new_zeros(most, 0), side.new_zeros(0, 0)) for side in sides]
         sigma = torch.linspace(1, 0.5, min(t.m, t.n), dtype=torch.float64)
         found = Directions(*empty, sigma, sigma.new_zeros(0, 0))
-        layers[name] = PlannedLayer(name, t.m, t.n, t.fingerprint, found, (0.0, 0.0), 1, (4, 4, 4))
+        layers[name] = PlannedLayer(name, t.m, t.n, t.fingerprint, found, 1, (4, 4, 4))
     others = sum(p.numel() for p in model.parameters()) - sum(p.m * p.n for p in layers.values())
     return Plan(layers, UNIFORM, dict.fromkeys(layers), others).at(0.8)
 

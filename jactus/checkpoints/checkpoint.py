@@ -119,7 +119,7 @@ def read_cores(model: nn.Module, path: str | os.PathLike) -> dict[str, torch.Ten
         if bases.get(name) != held.get(name):
             raise JactusError(
                 f"{path} does not fit: its cores belong to other bases than this model has in {name}; load it into the "
-                "model it was saved from, or one compressed with the same plan"
+                "model it was saved from, or one compressed with the same plan by this version"
             )
     parameters: dict[str, torch.Tensor] = dict(model.named_parameters()) | _state(model)
     if _state(model) and "state" not in meta:

@@ -14,7 +14,7 @@ from ..model.targets import Target, find_targets
 from ..planning.planner import core_dtype
 from ..planning.plans import Plan, PlannedLayer
 from ..planning.shelf import Shelf
-from .coordinates import factors, step_scales
+from .coordinates import factors
 from .trainable import mark_trainable, refuse_extras
 
 
@@ -42,13 +42,12 @@ def compressed(model: nn.Module, plan: Plan, shelf: Shelf | None = None) -> nn.M
     targets = find_targets(model, plan.config)
     refuse_extras(model, plan.config.trainable_extras)
     _refuse_others(model, plan, targets)
-    steps = step_scales(plan)
     made: dict[str, CoreLinear] = {}
     for name, layer in plan.layers.items():
         rank = plan.ranks[name]
         if rank is not None:
             try:
-                made[name] = core_linear_from(layer, rank, targets[name].module, plan.config, steps[name])
+                made[name] = core_linear_from(layer, rank, targets[name].module, plan.config)
                 if shelf is not None:
                     made[name] = shelf.put_factors(name, made[name])
             except torch.linalg.LinAlgError as e:
@@ -88,13 +87,11 @@ def _refuse_others(model: nn.Module, plan: Plan, targets: dict[str, Target]) -> 
 
 
 @torch.no_grad()
-def core_linear_from(
-    layer: PlannedLayer, rank: int, old: nn.Module, config: JactusConfig, step: float = 1.0
-) -> CoreLinear:
-    """The three-factor layer of a planned layer at `rank`, its steps scaled by `step`, with the bias, dtype and mode of the old
-    one; its factors on the CPU, where they are until the dense weight goes."""
+def core_linear_from(layer: PlannedLayer, rank: int, old: nn.Module, config: JactusConfig) -> CoreLinear:
+    """The three-factor layer of a planned layer at `rank`, with the bias, dtype and mode of the old one; its factors on the CPU,
+    where they are until the dense weight goes."""
     weight: torch.Tensor = old.weight  # type: ignore[assignment]
-    U, C, V, reach = factors(layer, rank, config, step)
+    U, C, V, reach = factors(layer, rank, config)
     with torch.device("meta"):
         new = CoreLinear(
             layer.m,

@@ -260,10 +260,6 @@ def _plan_layer(
         target.n,
         target.fingerprint,
         _stored(found),
-        (
-            statistics.output_scale(target.name) if statistics is not None and metric_G is not None else 0.0,
-            statistics.input_scale(target.name) if statistics is not None and metric_A is not None else 0.0,
-        ),
         statistics.layer_tokens(target.name) if statistics is not None else 1,
         (basis.itemsize, core_dtype(config, basis).itemsize, weight.itemsize),
     )

@@ -26,15 +26,13 @@ from .subspace import PARTS, Directions, Side, task_rank
 
 @dataclass(frozen=True)
 class PlannedLayer:
-    """One layer of a plan. `scales` are the mean diagonals of G and A (0 where the metric is the identity); `times` are
-    of the layer deployed, measured where the budget is of latency."""
+    """One layer of a plan. `times` are of the layer deployed, measured where the budget is of latency."""
 
     name: str
     m: int
     n: int
     fingerprint: str
     directions: Directions
-    scales: tuple[float, float]
     tokens: int
     sizes: tuple[int, int, int]  # bytes per element of the bases, of the core and of the dense weight
     times: Times | None = None
@@ -229,7 +227,7 @@ class Plan:
         for name, layer in self.layers.items():
             tensors |= {f"{key}/{name}": t for key, t in _tensors(layer.directions).items()}
         described = {
-            name: {k: getattr(layer, k) for k in ("m", "n", "fingerprint", "scales", "tokens", "sizes")}
+            name: {k: getattr(layer, k) for k in ("m", "n", "fingerprint", "tokens", "sizes")}
             | {"times": layer.times and asdict(layer.times)}
             for name, layer in self.layers.items()
         }
@@ -256,8 +254,9 @@ class Plan:
             of = {key.split("/", 1)[0]: t for key, t in tensors.items() if key.split("/", 1)[1] == name}
             left, right = (Side(*(of[f"{side}_{part}"] for part in PARTS)) for side in ("left", "right"))
             # plans of before bytes of the dense weight were told apart took them to be those of the bases
-            kept |= {"scales": tuple(kept["scales"]), "sizes": (*kept["sizes"], kept["sizes"][0])[:3]}
-            kept.pop("beyond", None)  # 0.1.0: of the longer side at full rank, which has no task directions any more
+            kept |= {"sizes": (*kept["sizes"], kept["sizes"][0])[:3]}
+            # 0.1.0: of the longer side at full rank, which has no task directions any more; and of whitened coordinates
+            kept = {key: value for key, value in kept.items() if key not in ("beyond", "scales")}
             if times := kept.pop("times", None):  # plans of before there were any have none
                 times = {key: tuple(value) if isinstance(value, list) else value for key, value in times.items()}
                 kept["times"] = storage.made(Times, times)

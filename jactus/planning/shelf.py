@@ -52,7 +52,7 @@ class Shelf:
         """Keep a layer; in memory only what its ranks go by. Raises JactusError when the disk refuses."""
         d = layer.directions
         tensors = {f"{side}_{part}": getattr(getattr(d, side), part) for side in ("left", "right") for part in PARTS}
-        meta = {key: getattr(layer, key) for key in ("name", "m", "n", "fingerprint", "scales", "tokens", "sizes")}
+        meta = {key: getattr(layer, key) for key in ("name", "m", "n", "fingerprint", "tokens", "sizes")}
         meta["times"] = layer.times and asdict(layer.times)
         path = self._path(layer.name)
         storage.write(path, PLANNED, tensors | {"sigma": d.sigma, "task_core": d.task_core}, meta)
@@ -69,7 +69,8 @@ class Shelf:
             tensors, meta = storage.read(path, PLANNED)
             d = Shelved(path, tensors["sigma"].clone(), tensors["task_core"].clone(), tensors["left_weight"].shape[1])
             times = meta.pop("times")
-            meta |= {"scales": tuple(meta["scales"]), "sizes": tuple(meta["sizes"])}
+            meta.pop("scales", None)  # kept by an interrupted run of before bases were orthonormal
+            meta["sizes"] = tuple(meta["sizes"])
             if times:
                 times = Times(times["dense"], tuple(times["ranks"]), tuple(times["folded"]))
             self.layers[name] = PlannedLayer(directions=d, times=times, **meta)

@@ -120,12 +120,12 @@ def test_a_table_of_pictures_has_what_is_measured(monkeypatch):
 
 
 def test_modifiers_take_a_part_of_a_cell():
-    whole = figures.figure("perplexity jactus@80% wikipedia")
+    whole = figures.figure("perplexity svd-llm+lora@80% wikipedia")
     assert " → " in whole
-    after = figures.figure("perplexity jactus@80% wikipedia after")
+    after = figures.figure("perplexity svd-llm+lora@80% wikipedia after")
     assert whole.endswith(after)
-    assert figures.figure("perplexity jactus@80% wikipedia after bare") == after.split(" ± ")[0]
-    assert figures.figure("perplexity jactus@80% wikipedia after bare .1") == f"{float(after.split()[0]):.1f}"
+    assert figures.figure("perplexity svd-llm+lora@80% wikipedia after bare") == after.split(" ± ")[0]
+    assert figures.figure("perplexity svd-llm+lora@80% wikipedia after bare .1") == f"{float(after.split()[0]):.1f}"
 
 
 def test_what_the_documents_name_exists():
