@@ -123,8 +123,9 @@ def test_exported_programs_run_without_jactus_and_without_transformers(dtype, tm
             right = jactus.fold(copy.deepcopy(model))(**batch).logits
             assert error(found[name], right) < 4 * torch.finfo(torch.bfloat16).eps
         else:
-            most, right = bound(model, batch)
-            assert error(found[name], right) <= most, name
+            # of the row that is off most: what one row's three small logits are off is a draw
+            most = max(bound(model, {k: v[i : i + 1] for k, v in cases[0][2].items()})[0] for i in range(4))
+            assert error(found[name], bound(model, batch)[1]) <= most, name
 
 
 LOAD = """
