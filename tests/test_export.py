@@ -70,11 +70,15 @@ def logits(outputs):
     return outputs.logits if hasattr(outputs, "logits") else outputs.last_hidden_state
 
 
-def bound(model, inputs):
-    """Twice what torch's own float32 is off the same model in float64, and a rounding of what comes out."""
-    with torch.no_grad():
-        right = logits(copy.deepcopy(model).double()(**inputs))
-        return 2 * error(logits(model(**inputs)), right) + torch.finfo(torch.float32).eps, right
+@torch.no_grad()
+def bound(model, *batches):
+    """Twice what torch's own float32 is off the same model in float64, in the row that is off most (what one row's few numbers are
+    off is a draw), and a rounding of what comes out; and of each batch what is right."""
+    double = copy.deepcopy(model).double()
+    right = [logits(double(**inputs)) for inputs in batches]
+    own = [logits(model(**inputs)) for inputs in batches]
+    off = max(error(mine, theirs) for pair in zip(own, right) for mine, theirs in zip(*pair))
+    return 2 * off + torch.finfo(torch.float32).eps, right
 
 
 @pytest.mark.parametrize(
@@ -96,10 +100,10 @@ def test_onnx_is_the_model_to_rounding_at_any_batch_and_length(kind, tmp_path):
     assert numbers <= 1.02 * jactus.size(model).folded + tied  # and a few constants; pairs of factors would be far more
     session = onnxruntime.InferenceSession(file)
     assert [i.name for i in session.get_inputs()] == list(example)
-    for rows, length in ((1, 5), (4, 7), (6, 11)):
-        batch = inputs_of(family, rows, length)
+    batches = [inputs_of(family, rows, length) for rows, length in ((1, 5), (4, 7), (6, 11))]
+    most, rights = bound(model, *batches)
+    for batch, right in zip(batches, rights):
         found = session.run(None, {name: t.numpy() for name, t in batch.items()})[0]
-        most, right = bound(model, batch)
         assert error(torch.from_numpy(found), right) <= most
     assert core_layers(model)  # the model itself is as it was
     if kind == "classifier":
@@ -118,14 +122,12 @@ def test_exported_programs_run_without_jactus_and_without_transformers(dtype, tm
     cases = [(str(rows), str(file), {k: v[:rows] for k, v in inputs_of(BERT).items()}) for rows in (4, 1)]
     run = "def run(name, file, inputs): return torch.export.load(file).module()(**inputs)['logits'].detach()"
     found = alone(run, cases, tmp_path, "transformers")
-    for name, _, batch in cases:
-        if dtype == torch.bfloat16:  # the same folded model, but for products that a graph joins
-            right = jactus.fold(copy.deepcopy(model))(**batch).logits
-            assert error(found[name], right) < 4 * torch.finfo(torch.bfloat16).eps
-        else:
-            # of the row that is off most: what one row's three small logits are off is a draw
-            most = max(bound(model, {k: v[i : i + 1] for k, v in cases[0][2].items()})[0] for i in range(4))
-            assert error(found[name], bound(model, batch)[1]) <= most, name
+    most, rights = bound(model, *(batch for *_, batch in cases))
+    if dtype == torch.bfloat16:  # the same folded model, but for products that a graph joins
+        folded = jactus.fold(copy.deepcopy(model))
+        most, rights = 4 * torch.finfo(dtype).eps, [folded(**batch).logits for *_, batch in cases]
+    for (name, *_), right in zip(cases, rights):
+        assert error(found[name], right) <= most, name
 
 
 LOAD = """
@@ -176,7 +178,7 @@ def in_pairs(model):
 
 def test_what_others_load_computes_what_the_model_did(elsewhere):
     for name, (model, _, inputs, found) in elsewhere.items():
-        most, right = bound(model, inputs)
+        most, (right,) = bound(model, inputs)
         assert error(found, right) <= most, name
 
 
