@@ -213,7 +213,6 @@ def _refuse_unknown(names: set[str], kind: str) -> None:
 def _with_advice(init: Any) -> Any:
     @functools.wraps(init)
     def checked(self: Any, *args: Any, **options: Any) -> None:
-        _refuse_gone(options)
         moved = [name for name in options if name in FLAT and name not in ("budget", "allocation")]
         moved += [name for name in options if name in OF_A_RUN]
         if moved:
@@ -238,9 +237,8 @@ def _without_gone(init: Any) -> Any:
 
 
 JactusConfig.__init__ = _with_advice(JactusConfig.__init__)  # type: ignore[method-assign]
-for _kind in GROUPS.values():
-    _kind.__init__ = _without_gone(_kind.__init__)  # type: ignore[misc]
 for _kind in (JactusConfig, *GROUPS.values()):
+    _kind.__init__ = _without_gone(_kind.__init__)  # type: ignore[misc]
     _kind.__doc__ = f"{_kind.__doc__}\n" + "\n".join(
         f"    {f.name} (default {f.default!r}): {f.metadata['help']}" for f in fields(_kind)
     )
