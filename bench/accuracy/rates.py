@@ -16,19 +16,19 @@ from .. import rows as files
 from ..report import named, table, versions
 from .choice import SEEDS, Entry, chosen_rate, tried_rates
 from .matrix import STAGES
-from .methods import needs_all, variant
+from .methods import CONFIG, needs_all
 from .store import Row
 from .tasks import TASKS, calibrated, prepared
 
 
-def chosen(rows: list[Row], tasks: list[str]) -> dict[tuple[str, str], dict[Entry, float]]:
+def chosen(rows: list[Row], tasks: list[str]) -> dict[str, dict[Entry, float]]:
     """For each task on which JACTUS has tried a whole grid: its entries, one a budget, and the rates that were best."""
-    found: dict[tuple[str, str], dict[Entry, float]] = {}
+    found: dict[str, dict[Entry, float]] = {}
     entries = (e for stage in STAGES.values() for e in stage() if e.task in tasks and e.method == "jactus")
     entries = (e for e in entries if e.grid or len(e.parts) > 1)
     for e in {(e.task, e.method, e.budget): e for e in entries}.values():
         if (best := chosen_rate(e, rows)) is not None:
-            found.setdefault((e.task, e.method), {})[e] = best
+            found.setdefault(e.task, {})[e] = best
     return found
 
 
@@ -40,20 +40,19 @@ def main() -> None:
     args = parser.parse_args()
     rows = files.read(Row, args.results)
     lines, quotients = [], []
-    for (name, method), entries in chosen(rows, args.task or list(TASKS)).items():
+    for name, entries in chosen(rows, args.task or list(TASKS)).items():
         task, seed = TASKS[name], SEEDS[0]
         case = prepared(task, "fitted", seed)
         autocast = None if args.float32 else torch.bfloat16
-        whole = needs_all(method)
-        statistics = calibrated(task, case, task.calibration, seed, "fitted", autocast, whole)
-        plan = jactus.plan(case.model, statistics, variant(method).config, progress=False)  # type: ignore[union-attr]
+        statistics = calibrated(task, case, task.calibration, seed, "fitted", autocast, needs_all("jactus"))
+        plan = jactus.plan(case.model, statistics, CONFIG, progress=False)
         for e, best in entries.items():
             rate = jactus.learning_rate(jactus.compress(copy.deepcopy(case.model), plan.at(e.budget)))
             tried = tried_rates(e, rows)
             nearest = min(tried, key=lambda lr: abs(math.log(lr / rate)))
             quotients.append(rate / best)
             scores = (f"{task.unit * tried[lr].validation:.1f}" for lr in (best, nearest))
-            lines.append((name, named(method, e.budget), f"{rate:.2g}", f"{best:g}", f"{rate / best:.2f}", *scores))
+            lines.append((name, named(e.method, e.budget), f"{rate:.2g}", f"{best:g}", f"{rate / best:.2f}", *scores))
     if not lines:
         raise SystemExit(f"no row of {args.results} is of a task whose whole grid was tried")
     columns = ("task", "JACTUS", "learning_rate", "best of those tried", "quotient", "best's score", "nearest's score")
