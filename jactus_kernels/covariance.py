@@ -17,13 +17,15 @@ from .tiles import find_tile
 
 
 @triton.jit
-def lower_tile(t):
-    """(row, column) of the t-th tile of a lower triangle, counted along rows."""
-    row = ((tl.sqrt(8.0 * t + 1.0) - 1.0) * 0.5).to(tl.int32)
+def lower_tile(t, WIDE: tl.constexpr):
+    """(row, column) of the t-th tile of a lower triangle, counted along rows; of tiles that are WIDE times as wide as high."""
+    u = t // WIDE
+    k = ((tl.sqrt(8.0 * u + 1.0) - 1.0) * 0.5).to(tl.int32)
     # a float32 root can land on the wrong side of a row's border
-    row = tl.where(row * (row + 1) // 2 > t, row - 1, row)
-    row = tl.where((row + 1) * (row + 2) // 2 <= t, row + 1, row)
-    return row, t - row * (row + 1) // 2
+    k = tl.where(k * (k + 1) // 2 > u, k - 1, k)
+    k = tl.where((k + 1) * (k + 2) // 2 <= u, k + 1, k)
+    rest = t - WIDE * (k * (k + 1) // 2)  # in the k-th band of WIDE rows, each of which has k + 1 tiles
+    return WIDE * k + rest // (k + 1), rest % (k + 1)
 
 
 @triton.jit
@@ -45,7 +47,7 @@ def _add_columns(p_s, b, row, col, n, alpha, R: tl.constexpr, C: tl.constexpr):
 def covariance_kernel(
     p_x,  # (T, n)
     p_mask,  # (T,) or p_x again where MASKED is false
-    p_out,  # S (n, n) when parts == 1, else the workspace (parts, tiles, BN, BN)
+    p_out,  # S (n, n) when parts == 1, else the workspace (parts, tiles, BM, BN)
     T,
     n,
     x_stride_t,
@@ -58,22 +60,24 @@ def covariance_kernel(
     SPLIT: tl.constexpr,
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
-    BN: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,  # BM or a multiple of it
     BT: tl.constexpr,
 ):
     """α Xᵀ diag(mask) X by items (lower tile, part of T): added to S, or where SPLIT stored for the reduction."""
     if TMA:
-        d_x = tl.make_tensor_descriptor(p_x, [T, n], [x_stride_t, 1], [BT, BN])
+        d_j = tl.make_tensor_descriptor(p_x, [T, n], [x_stride_t, 1], [BT, BN])
+        d_i = d_j if BM == BN else tl.make_tensor_descriptor(p_x, [T, n], [x_stride_t, 1], [BT, BM])
     for item in range(tl.program_id(0), tiles * parts, tl.num_programs(0)):
-        row, col = lower_tile(item % tiles)
-        o_i = row * BN + tl.arange(0, BN)  # [BN]
+        row, col = lower_tile(item % tiles, BN // BM)
+        o_i = row * BM + tl.arange(0, BM)  # [BM]
         o_j = col * BN + tl.arange(0, BN)  # [BN]
         start = (item // tiles) * part_len
-        b_s = tl.zeros([BN, BN], tl.float32)
+        b_s = tl.zeros([BM, BN], tl.float32)
         for t in range(start, min(start + part_len, T), BT):
             if TMA:
-                b_i = tl.trans(d_x.load([t, row * BN]))  # [BN, BT], zeros past the edges
-                b_j = d_x.load([t, col * BN])  # [BT, BN]
+                b_i = tl.trans(d_i.load([t, row * BM]))  # [BM, BT], zeros past the edges
+                b_j = d_j.load([t, col * BN])  # [BT, BN]
             else:
                 o_t = t + tl.arange(0, BT)  # [BT]
                 m_t = o_t < T
@@ -88,53 +92,56 @@ def covariance_kernel(
                 b_j = tl.load(p_j, mask=m_t[:, None] & (o_j < n)[None, :], other=0.0)
             b_s = tl.dot(b_i, b_j, b_s, input_precision=PRECISION)
         if SPLIT:
-            o = tl.arange(0, BN)
-            tl.store(p_out + tl.cast(item, tl.int64) * (BN * BN) + o[:, None] * BN + o[None, :], b_s)
+            o_r, o_c = tl.arange(0, BM), tl.arange(0, BN)
+            tl.store(p_out + tl.cast(item, tl.int64) * (BM * BN) + o_r[:, None] * BN + o_c[None, :], b_s)
         else:
             # by quarters: S and the sums together would take the registers of a second resident block
-            b_l, b_r = _halves(b_s, BN, BN)
-            b_0, b_1 = _halves(b_l, BN, BN // 2)
-            b_2, b_3 = _halves(b_r, BN, BN // 2)
-            _add_columns(p_out, b_0, row * BN, col * BN, n, alpha, BN, BN // 4)
-            _add_columns(p_out, b_1, row * BN, col * BN + BN // 4, n, alpha, BN, BN // 4)
-            _add_columns(p_out, b_2, row * BN, col * BN + BN // 2, n, alpha, BN, BN // 4)
-            _add_columns(p_out, b_3, row * BN, col * BN + 3 * BN // 4, n, alpha, BN, BN // 4)
+            b_l, b_r = _halves(b_s, BM, BN)
+            b_0, b_1 = _halves(b_l, BM, BN // 2)
+            b_2, b_3 = _halves(b_r, BM, BN // 2)
+            _add_columns(p_out, b_0, row * BM, col * BN, n, alpha, BM, BN // 4)
+            _add_columns(p_out, b_1, row * BM, col * BN + BN // 4, n, alpha, BM, BN // 4)
+            _add_columns(p_out, b_2, row * BM, col * BN + BN // 2, n, alpha, BM, BN // 4)
+            _add_columns(p_out, b_3, row * BM, col * BN + 3 * BN // 4, n, alpha, BM, BN // 4)
 
 
 @triton.jit
 def covariance_reduce_kernel(
-    p_parts, p_s, n, alpha, tiles, parts, BN: tl.constexpr, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr
+    p_parts, p_s, n, alpha, tiles, parts, BM: tl.constexpr, BN: tl.constexpr, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr
 ):
     """S tile += α · Σ parts, in a fixed order, unlike atomics; BLOCK of a tile's elements a program."""
     tile_id = tl.program_id(0)
-    row, col = lower_tile(tile_id)
+    row, col = lower_tile(tile_id, BN // BM)
     o = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK] offsets within the tile
-    o_i, o_j = row * BN + o // BN, col * BN + o % BN
+    o_i, o_j = row * BM + o // BN, col * BN + o % BN
     m = (o_i < n) & (o_j < n)
-    p_tile = p_parts + tile_id.to(tl.int64) * (BN * BN)
-    b_s = sum_parts(p_tile, o, tiles * (BN * BN), parts, m, BLOCK, AT_ONCE)
+    p_tile = p_parts + tile_id.to(tl.int64) * (BM * BN)
+    b_s = sum_parts(p_tile, o, tiles * (BM * BN), parts, m, BLOCK, AT_ONCE)
     p_s += o_i.to(tl.int64) * n + o_j
     tl.store(p_s, tl.load(p_s, mask=m, other=0.0) + alpha * b_s, mask=m)
 
 
-def covariance_update_(S: Tensor, X: Tensor, mask: Tensor | None = None, alpha: float = 1.0) -> None:
-    """Shapes as `reference.covariance_update_`, S float32 and contiguous; its strict upper triangle is undefined."""
+def covariance_update_(
+    S: Tensor, X: Tensor, mask: Tensor | None = None, alpha: float = 1.0, kernel: str = "covariance"
+) -> None:
+    """Shapes as `reference.covariance_update_`, S float32 and contiguous; its strict upper triangle is undefined. `kernel` is the
+    tile table's row."""
     T, n = X.shape
     if T == 0 or n == 0:
         return
-    shape = find_tile("covariance", device.family(X), X.element_size())
+    shape = find_tile(kernel, device.family(X), X.element_size())
     tiles = triangle(n, shape)
     slots = device.multiprocessors(X) * shape.blocks
     parts, part_len = token_parts(T, shape, tiles, slots)
-    out = S if parts == 1 else X.new_empty((parts, tiles, shape.cols, shape.cols), dtype=torch.float32)
+    out = S if parts == 1 else X.new_empty((parts, tiles, shape.rows, shape.cols), dtype=torch.float32)
     tma = mask is None and device.tma_readable(X)
     with device.guard(X):
         covariance_kernel[(min(slots, tiles * parts),)](
             X, X if mask is None else mask, out, T, n, X.stride(0), X.stride(1), alpha, tiles, parts, part_len,
-            MASKED=mask is not None, SPLIT=parts > 1, TMA=tma, PRECISION=device.precision(X), BN=shape.cols,
-            BT=shape.step, num_warps=shape.warps, num_stages=shape.stages,
+            MASKED=mask is not None, SPLIT=parts > 1, TMA=tma, PRECISION=device.precision(X), BM=shape.rows,
+            BN=shape.cols, BT=shape.step, num_warps=shape.warps, num_stages=shape.stages,
         )  # fmt: skip
         if parts > 1:
-            covariance_reduce_kernel[(tiles, shape.cols**2 // 256)](
-                out, S, n, alpha, tiles, parts, BN=shape.cols, BLOCK=256, AT_ONCE=16, num_warps=4
+            covariance_reduce_kernel[(tiles, shape.rows * shape.cols // 256)](
+                out, S, n, alpha, tiles, parts, BM=shape.rows, BN=shape.cols, BLOCK=256, AT_ONCE=16, num_warps=4
             )

@@ -158,21 +158,22 @@ def _covariance(s: Shape, family: str, multiprocessors: int) -> list[Launch]:
     tile = find_tile("covariance", family, s.itemsize)
     tiles = triangle(n, tile)
     parts, _ = token_parts(max(T, 1), tile, tiles, multiprocessors * tile.blocks)
-    area = tiles * tile.cols**2
+    area = tiles * tile.rows * tile.cols
     read, sums = s.itemsize * T * n, 2 * 4 * area  # S is read and written
     if parts == 1:
         return [Launch("covariance", 2.0 * T * area, read + sums, tiles)]
     workspace = 4 * parts * area
     return [
         Launch("covariance", 2.0 * T * area, read + workspace, tiles * parts),
-        Launch("covariance reduce", 0.0, workspace + sums, 64 * tiles),
+        Launch("covariance reduce", 0.0, workspace + sums, tiles * tile.rows * tile.cols // 256),
     ]
 
 
 def triangle(n: int, tile: Tile) -> int:
-    """Tiles in the lower triangle of an n × n matrix."""
-    side = -(-n // tile.cols)
-    return side * (side + 1) // 2
+    """Tiles in the lower triangle of an n × n matrix, each as wide as it is high or a multiple of that."""
+    wide, rows = tile.cols // tile.rows, -(-n // tile.rows)
+    bands, rest = divmod(rows, wide)  # all rows of the k-th band have k + 1 tiles
+    return wide * (bands * (bands + 1) // 2) + rest * (bands + 1)
 
 
 def _blocks(rows: int, cols: int, tile: Tile) -> int:

@@ -9,6 +9,8 @@ from torch.nn.functional import linear
 
 import jactus_kernels as jk
 from jactus_kernels import reference
+from jactus_kernels.device import family
+from jactus_kernels.tiles import has_tile
 
 # outputs × inputs of the distinct linear layers
 MODELS = {
@@ -127,7 +129,15 @@ def covariance(case: Case, dtype: torch.dtype) -> dict[str, Callable[[int], Tens
         wide = X.float()
         return S.addmm_(wide.T, wide)
 
+    def wide_update_(i: int) -> Tensor:
+        from jactus_kernels.covariance import covariance_update_  # wants Triton, which a CPU does without
+
+        covariance_update_(S, X, kernel="covariance wide")
+        return S
+
     providers = {"addmm_ of float32 copy": upcast, "jactus": lambda i: jk.covariance_update_(S, X)}
     if ON_GPU and dtype != torch.float32:
+        if has_tile("covariance wide", family(X), dtype.itemsize):
+            providers["jactus wide"] = wide_update_
         providers["mm out_dtype"] = lambda i: S.add_(torch.mm(X.T, X, out_dtype=torch.float32))
     return providers

@@ -1,12 +1,13 @@
 """Every kernel configuration the launchers can reach, as the static lint compiles it."""
 
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 from jactus_kernels import chain, core_gradient, covariance, decode, matmul, scatter
 from jactus_kernels.device import resolve_precision
 from jactus_kernels.launches import CHAIN_RANK, DECODE_RANK, DECODE_TOKENS, PAIR_RANK
-from jactus_kernels.tiles import SHARED_LIMIT, Tile, find_tile
+from jactus_kernels.tiles import SHARED_LIMIT, Tile, find_tile, has_tile
 
 from .compiled import Variant
 
@@ -37,21 +38,22 @@ def variants(family: str, dtype: str) -> Iterator[Variant]:
 
 
 def _covariance(family: str, dtype: str, precision: str) -> Iterator[Variant]:
-    shape = find_tile("covariance", family, DTYPES[dtype])
     pointers = {"p_x": f"*{dtype}", "p_mask": "*i1", "alpha": "fp32", "x_stride_n": "=1"}
     reads = [("tma", True, False)] if family in ("sm_90", "sm_100") else []
     reads += [("pointer", False, False), ("masked", False, True)]
-    for split in (False, True):
+    rows = ["covariance"] + ["covariance wide"] * has_tile("covariance wide", family, DTYPES[dtype])
+    for row, split in product(rows, (False, True)):
+        shape = find_tile(row, family, DTYPES[dtype])
         for name, tma, masked in reads:
             constants: dict[str, Any] = {"MASKED": masked, "SPLIT": split, "TMA": tma, "PRECISION": precision}
-            constants |= {"BN": shape.cols, "BT": shape.step}
-            label = f"covariance {name}{' split' if split else ''}"
+            constants |= {"BM": shape.rows, "BN": shape.cols, "BT": shape.step}
+            label = f"{row} {name}{' split' if split else ''}"
             given: dict[str, Any] = {**pointers, "p_out": "*fp32", "unaligned": ("tiles", "parts")}
             given["blocks"] = shape.blocks
             yield _variant(label, covariance.covariance_kernel, family, dtype, shape, constants, **given)
     given = {"p_parts": "*fp32", "p_s": "*fp32", "alpha": "fp32", "unaligned": ("tiles", "parts"), "matmul": False}
-    constants = {"BN": shape.cols, "BLOCK": 256, "AT_ONCE": 16}
-    reduce = Tile(0, 0, 0, 4, 3)
+    shape, reduce = find_tile("covariance", family, DTYPES[dtype]), Tile(0, 0, 0, 4, 3)
+    constants = {"BM": shape.rows, "BN": shape.cols, "BLOCK": 256, "AT_ONCE": 16}
     if dtype == "fp32":
         yield _variant("covariance reduce", covariance.covariance_reduce_kernel, family, dtype, reduce, constants,
                        **given)  # fmt: skip

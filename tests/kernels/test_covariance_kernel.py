@@ -1,9 +1,12 @@
 """The covariance kernel: values against float64, layouts, masks, splits, and that it writes nothing it should not."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from jactus_kernels.tiles import Tile
+from jactus_kernels.launches import triangle
+from jactus_kernels.tiles import Tile, find_tile
 
 from .conftest import relative
 
@@ -12,12 +15,13 @@ tl = triton.language
 covariance = pytest.importorskip("jactus_kernels.covariance")
 pytestmark = pytest.mark.kernel
 
-SMALL = Tile(32, 32, 16, 4, 2, 1)  # several tiles and parts at sizes a sanitiser can run
+# several tiles and parts at sizes a sanitiser can run: square ones, and two and four times as wide as high
+SMALL = Tile(32, 32, 16, 4, 2, 1), Tile(16, 32, 16, 4, 2, 1), Tile(16, 64, 16, 4, 2, 1)
 
 
-@pytest.fixture
-def small_tiles(monkeypatch):
-    monkeypatch.setattr(covariance, "find_tile", lambda *_: SMALL)
+@pytest.fixture(params=SMALL, ids=lambda tile: f"{tile.rows}x{tile.cols}")
+def small_tiles(monkeypatch, request):
+    monkeypatch.setattr(covariance, "find_tile", lambda *_: request.param)
 
 
 def check(X, mask=None, alpha=1.0, start=None):
@@ -37,6 +41,12 @@ def check(X, mask=None, alpha=1.0, start=None):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_shipped_tiles(randn, dtype):
     check(randn(150, 200, dtype=dtype), alpha=0.5, start=randn(200, 200))
+
+
+def test_wide_shipped_tiles(randn, monkeypatch):
+    wide = replace(find_tile("covariance wide", "sm_90", 2), stages=2)  # so that any family has the memory
+    monkeypatch.setattr(covariance, "find_tile", lambda *_: wide)
+    check(randn(150, 300, dtype=torch.bfloat16), alpha=0.5, start=randn(300, 300))
 
 
 @pytest.mark.parametrize("T,n", [(1, 1), (33, 31), (16, 32), (70, 97), (5, 160)])
@@ -87,17 +97,20 @@ def test_empty(randn):
 
 
 @triton.jit
-def number_kernel(p_row, p_col, tiles, BLOCK: tl.constexpr):
+def number_kernel(p_row, p_col, tiles, WIDE: tl.constexpr, BLOCK: tl.constexpr):
     o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    row, col = covariance.lower_tile(o)
+    row, col = covariance.lower_tile(o, WIDE)
     tl.store(p_row + o, row, mask=o < tiles)
     tl.store(p_col + o, col, mask=o < tiles)
 
 
 @pytest.mark.parametrize("side", [1, 2, 4, 11, 200])
-def test_tile_numbering_covers_the_triangle_once(side):
-    expected = torch.tril_indices(side, side, device="cuda")
-    tiles = expected.shape[1]
+@pytest.mark.parametrize("wide", [1, 2, 4])
+def test_tile_numbering_covers_the_triangle_once(side, wide):
+    i, j = torch.tril_indices(side, side, device="cuda")
+    expected = torch.stack([i, j // wide]).unique(dim=1)  # in their order along rows
+    tiles = triangle(side * 16, Tile(16, 16 * wide, 16))
+    assert tiles == expected.shape[1]
     rows, cols = torch.empty(2, tiles, dtype=torch.int32, device="cuda")
-    number_kernel[(triton.cdiv(tiles, 64),)](rows, cols, tiles, BLOCK=64)
+    number_kernel[(triton.cdiv(tiles, 64),)](rows, cols, tiles, WIDE=wide, BLOCK=64)
     assert torch.equal(torch.stack([rows, cols]).long(), expected)
