@@ -222,7 +222,7 @@ def demo_latency() -> str:
 
 
 COMPILED_SHOWN = (
-    "covariance tma", "covariance wide tma", "covariance pointer", "covariance tma split", "matmul tma A Bt + bias",
+    "covariance tma", "covariance wide tma", "covariance tma split", "matmul tma A Bt + bias",
     "chain 64 h, z", "chain 128 h, z", "chain 256 h, z", "chain 256 folded", "pair 64 q, p, gC", "pair 128 q, p, gC", "gram qth",
     "sum of parts", "decode inner xV", "decode outer core 256", "decode outer folded",
 )  # fmt: skip
