@@ -165,7 +165,7 @@ def _covariance(s: Shape, family: str, multiprocessors: int) -> list[Launch]:
     workspace = 4 * parts * area
     return [
         Launch("covariance", 2.0 * T * area, read + workspace, tiles * parts),
-        Launch("covariance reduce", 0.0, workspace + sums, tiles * tile.rows * tile.cols // 256),
+        Launch("covariance reduce", 0.0, workspace + sums, area // 256),
     ]
 
 

@@ -41,7 +41,7 @@ def _covariance(family: str, dtype: str, precision: str) -> Iterator[Variant]:
     pointers = {"p_x": f"*{dtype}", "p_mask": "*i1", "alpha": "fp32", "x_stride_n": "=1"}
     reads = [("tma", True, False)] if family in ("sm_90", "sm_100") else []
     reads += [("pointer", False, False), ("masked", False, True)]
-    rows = ["covariance"] + ["covariance wide"] * has_tile("covariance wide", family, DTYPES[dtype])
+    rows = [row for row in ("covariance", "covariance wide") if has_tile(row, family, DTYPES[dtype])]
     for row, split in product(rows, (False, True)):
         shape = find_tile(row, family, DTYPES[dtype])
         for name, tma, masked in reads:
