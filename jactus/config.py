@@ -38,6 +38,11 @@ class JactusConfig:
     exclude_modules: str | tuple[str, ...] = option((), "Same forms as target_modules; taken away from the targets.")
 
     metric: str = option("fisher", "'identity' (plain SVD), 'input' (activation whitening), 'gradient' or 'fisher'.")
+    labels: str = option(
+        "drawn",
+        "Whose labels output gradients are of: 'drawn' by the model from what it predicts, where its own loss is a cross-entropy of "
+        "one label a token (found on the first batch; elsewhere, and where mean gradients are wanted, the data's), or 'given'.",
+    )
     damping: float = option(0.01, "λ in A + λ·mean(diag A)·I, likewise G; relative, so free of the loss's scale.")
 
     union: tuple[str, ...] = option(
@@ -80,6 +85,7 @@ class JactusConfig:
             "target_modules": _names(self.target_modules),
             "exclude_modules": _names(self.exclude_modules),
             "metric": self.metric in METRICS,
+            "labels": self.labels in ("drawn", "given"),
             "damping": number(self.damping) and self.damping > 0,
             "union": _names(self.union)
             and "weight" in self.union
@@ -110,6 +116,11 @@ class JactusConfig:
     def needs_gradient(self) -> bool:
         """Whether calibration must sum the gradient of the weight itself."""
         return "gradient" in self.task_sources
+
+    @property
+    def draws_labels(self) -> bool:
+        """Whether Σ_g may be of labels that the model draws: their mean gradient is none, so not where that is summed too."""
+        return self.labels == "drawn" and self.needs_output and not self.needs_gradient
 
     @property
     def smaller_sides(self) -> bool:

@@ -41,6 +41,7 @@ COMPACT = "svd-llm-compact+lora"  # of the same deployed size, counted as JACTUS
 CERSA = "cersa"  # its steps are of another size than adapters': it tries rates of its own
 UNION = "union_share=0.1"
 UNITED = f"jactus[{UNION}]"
+GIVEN = "labels=given"
 WIDER = "jactus[core_width=2.0]"  # with about as many parameters to train as LoRA on two factors has
 WHOLE = ("full", "lora", "dora", "pissa", "corda", "eva", "eigentune")
 
@@ -98,6 +99,8 @@ def language() -> Iterator[Entry]:
         yield spoken(task, "jactus", 0.5, SEEDS)
         yield spoken(task, PIPELINES[0], 0.5, FIRST)
         yield spoken(task, UNITED, 0.8, FIRST)
+        for budget in (0.8, 0.5):
+            yield spoken(task, f"jactus[{GIVEN}]", budget, SEEDS)
         for method in (COMPACT, *PIPELINES[1:]):
             yield varied(spoken(task, PIPELINES[0], 0.8, FIRST), method=method)
     yield entry(LANGUAGES[0], CERSA, 0.8, FIRST)

@@ -38,7 +38,7 @@ class Task:
     """How to load a task, score a model on it, and train on it.
 
     metric: 'accuracy' (higher is better) or 'perplexity' (lower is).
-    calibration: how many training examples calibration sees.
+    calibration: how many training examples calibration sees; draws: how often, where it draws labels for them.
     rate: what the learning rates tried by every method are multiplied by.
     """
 
@@ -48,6 +48,7 @@ class Task:
     epochs: int = 2
     batch_size: int = 32
     calibration: int = 2000
+    draws: int = 1
     rate: float = 1.0
 
     def score(self, model: nn.Module, examples: Examples) -> float:
@@ -127,7 +128,14 @@ def _table(*tasks: Task) -> dict[str, Task]:
 COMMONSENSE: dict[str, Any] = {"metric": "accuracy", "epochs": 1, "batch_size": 16, "calibration": 256, "rate": 0.5}
 FEW_SHOT = (1000, 500, 2000)  # what two cores bear of a model that sees 65 tokens a picture
 PICTURED: dict[str, Any] = {"metric": "accuracy", "epochs": 4, "calibration": 1000, "rate": 0.5}
-LANGUAGE: dict[str, Any] = {"metric": "perplexity", "epochs": 1, "batch_size": 8, "calibration": 128, "rate": 0.25}
+LANGUAGE: dict[str, Any] = {
+    "metric": "perplexity",
+    "epochs": 1,
+    "batch_size": 8,
+    "calibration": 128,
+    "draws": 4,
+    "rate": 0.25,
+}
 TASKS = _table(
     Task("sarcasm", "accuracy", functools.partial(_text, data.sarcasm, 64, (6000, 4500))),
     Task("movies", "accuracy", functools.partial(_text, data.movies, 64, (3000, 4000))),
@@ -152,7 +160,7 @@ TASKS = _table(
     Task(
         "wikipedia-long",
         load=functools.partial(_language, data.wikipedia_lines, None),
-        **LANGUAGE | {"calibration": 1101},
+        **LANGUAGE | {"calibration": 1101, "draws": 1},
     ),
     # One model learns the eight sets together, on as many rows of each as two cores bear.
     Task("commonsense", load=functools.partial(_questions, tuple(questions.SETS), (500, 100, 400)), **COMMONSENSE),
@@ -191,23 +199,33 @@ def _has_head(task: Task, case: Case) -> bool:
 
 
 def calibrated(
-    task: Task, case: Case, rows: int, seed: int, head: str, autocast: torch.dtype | None, whole: bool = True
+    task: Task,
+    case: Case,
+    rows: int,
+    seed: int,
+    head: str,
+    autocast: torch.dtype | None,
+    whole: bool = True,
+    labels: str = "drawn",
 ) -> jactus.Statistics:
     """The sums over `rows` training examples drawn by `seed` (once; then read from the cache): all there are, so that whoever
     asks for a share finds its own, or, if not `whole`, those of each layer's smaller side."""
-    config = jactus.JactusConfig(union=SOURCES, union_share=0.1 if whole else 0.0)
+    config = jactus.JactusConfig(union=SOURCES, union_share=0.1 if whole else 0.0, labels=labels)
+    draws = task.draws if config.draws_labels and not _has_head(task, case) else 0
     device = next(case.model.parameters()).device.type
 
     def calibrate(file: Path) -> None:
         with torch.autocast(device, autocast or torch.bfloat16, enabled=autocast is not None):
             seen = calibration_batches(task, case, rows, seed)
-            jactus.calibrate(case.model, seen, config, progress=False).save(file)
+            jactus.calibrate(case.model, seen * max(draws, 1), config, progress=False).save(file)
 
     how = "float32" if autocast is None else "autocast"
     if head == "fitted" and _has_head(task, case):
         head += f"-{HEAD_L2:g}"
     if not whole:
         head += "-smaller-sides"
+    if draws:
+        head += f"-drawn-{draws}"
     return jactus.Statistics.load(_once(f"statistics-{task.name}-{rows}-{seed}-{head}-{how}{_on(device)}", calibrate))
 
 

@@ -217,6 +217,7 @@ def _structure(statistics: Statistics) -> dict[str, Any]:
         "inputs": {name: (S.shape, S.dtype) for name, S in statistics.input_sums.items()},
         "tokens": list(statistics.tokens),
         "outputs": statistics.outputs,
+        "drawn": statistics.drawn,
         "config": None if statistics.config is None else statistics.config.to_dict(),
     }
 
@@ -230,7 +231,7 @@ def _check_alike(a: dict[str, Any], b: dict[str, Any], who: str) -> None:
             raise JactusError(
                 f"{who} calibrated {name} with another configuration, or found its input shared otherwise"
             )
-    for what in ("inputs", "tokens", "config"):
+    for what in ("inputs", "tokens", "config", "drawn"):
         if a[what] != b[what]:
             raise JactusError(f"{who} calibrated with another configuration ({what}: {a[what]} and {b[what]})")
 
@@ -242,6 +243,6 @@ def _take_shape(statistics: Statistics, whole: dict[str, Any]) -> None:
         statistics.layers[name] = LayerStatistics(m, n, fingerprint, inputs, **zeros)
     statistics.input_sums = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in whole["inputs"].items()}
     statistics.tokens = dict.fromkeys(whole["tokens"], 0)
-    statistics.outputs = whole["outputs"]
+    statistics.outputs, statistics.drawn = whole["outputs"], whole["drawn"]
     if statistics.config is None and whole["config"] is not None:
         statistics.config = JactusConfig.from_dict(whole["config"])

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from jactus_kernels import JactusError
 
+from .drawing import Drawing
 from .examples import copied, few, mapped, size, tensors
 from .probes import IGNORED
 from .terms import Terms
@@ -25,11 +26,13 @@ class LossSum:
     """The sum of a batch's loss terms and their number, by the model's own loss or the user's.
 
     `loss(model, batch)` may return the terms unreduced (any shape), a pair (sum, number), or one number, whose rule of counting
-    is found on the first batch (`terms.py`); None takes the model's own.
+    is found on the first batch (`terms.py`); None takes the model's own, with labels that it draws itself if `drawn` and it
+    can (`drawing.py`).
     """
 
-    def __init__(self, model: nn.Module, loss: Loss | None, verify: bool = True) -> None:
+    def __init__(self, model: nn.Module, loss: Loss | None, verify: bool = True, drawn: bool = False) -> None:
         self.model, self.loss, self.verify = model, loss, verify
+        self.drawing = Drawing(model, drawn)
         self.terms = Terms(model, self.scalar, verify, own=loss is None)
         self.is_number: bool | None = None  # known once the loss was seen
 
@@ -39,7 +42,7 @@ class LossSum:
         Raises JactusError for a batch without a loss, or one not finite, unless `blame(index)` raises it first, naming the layer
         where it began.
         """
-        result = self._result(batch, index)
+        result, output = self._run(batch, index)
         if isinstance(result, tuple):
             total, terms = result
         elif result.dim() > 0:
@@ -47,6 +50,9 @@ class LossSum:
         else:
             factor, terms = self.terms.of(batch)
             total = widened(result) * (factor or 1)
+            if factor and torch.isfinite(result):
+                drawn = self.drawing.of(output, result, self.terms.left[0], batch, index)
+                total = total if drawn is None else drawn
             if not factor and terms and torch.isfinite(result) and result != 0:  # of nothing there is nothing to sum
                 raise JactusError(
                     f"batch {index}: the loss is {float(result):.6g}, and of its examples alone it is not finite, so what it sums "
@@ -92,6 +98,15 @@ class LossSum:
         """Whether the loss has no term in this batch."""
         return bool(self.is_number and self.terms.left and self.terms.left[0].count(batch) == 0)
 
+    def state(self) -> dict[str, Any]:
+        """What was found, as plain values: a run that goes on must count, and draw, as it did before."""
+        return {**self.terms.state(), "drawn": self.drawing.found}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """The inverse of `state`, also as it was before labels were drawn."""
+        self.terms.restore(state)
+        self.drawing.found = state.get("drawn", False)
+
     def found(self) -> str:
         """What the loss was found to be, in words."""
         return str(self.terms.left[0]) if self.terms.left else "sums of its own terms"
@@ -108,16 +123,21 @@ class LossSum:
         return result if result.dim() == 0 else widened(result).sum()
 
     def _result(self, batch: Any, index: int) -> Any:
+        return self._run(batch, index)[0]
+
+    def _run(self, batch: Any, index: int) -> tuple[Any, Any]:
+        """What the loss is, and what the model returned where it is the model's own."""
         batch = mapped(batch, lambda path, leaf: leaf)  # the loss may take it apart
         if self.loss is None:
-            return own_loss(self.model, batch, index)
+            output = own_output(self.model, batch, index)
+            return loss_in(output, batch, index), output
         result = self.loss(self.model, batch)
         if isinstance(result, tuple) and len(result) == 2:
-            return _pair(result, index)
+            return _pair(result, index), None
         if not isinstance(result, Tensor):
             raise JactusError(f"batch {index}: the loss is a {type(result).__name__}; return a tensor or (sum, terms)")
         one = result.numel() == 1 and result.dim() > 0 and (size(batch) or 1) > 1
-        return result.reshape(()) if one else result
+        return result.reshape(()) if one else result, None
 
 
 def _pair(result: tuple, index: int) -> tuple[Tensor, int]:
@@ -151,14 +171,18 @@ def _unreduced_terms(terms: Tensor, batch: Any) -> int:
     return terms.numel()
 
 
-def own_loss(model: nn.Module, batch: Any, index: int) -> Tensor:
-    """The model's own loss of a batch: a scalar. Raises JactusError where the model gives none."""
+def own_output(model: nn.Module, batch: Any, index: int) -> Any:
+    """What the model returns for a batch. Raises JactusError for a batch that is no dict."""
     if not isinstance(batch, Mapping):
         raise JactusError(
             f"batch {index} is a {type(batch).__name__}: pass a list or loader of dicts with labels (one dict alone: [batch]), or "
             "loss=lambda model, batch: … returning the unreduced loss terms"
         )
-    output = model(**{key: value for key, value in batch.items() if key != NORMALISER})
+    return model(**{key: value for key, value in batch.items() if key != NORMALISER})
+
+
+def loss_in(output: Any, batch: Any, index: int) -> Tensor:
+    """The model's own loss in what it returned: a scalar. Raises JactusError where it gives none."""
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if loss is None:
         # a model that returns tuples, or its loss alone: the loss is the one number in it

@@ -120,7 +120,7 @@ def by_part(
     bytes_needed = max(sum(sum_bytes(t, config, sums) for t in part) for part in passes)
     logger.info("calibrating %d layers, sums of at most %.1f MB at a time", len(targets), bytes_needed / 1e6)
     planning = snapshots is not None
-    losses = LossSum(model, loss, verify)
+    losses = LossSum(model, loss, verify, config.draws_labels and loss is None)
     terms: int | None = None
     short: dict[str, int] = {}
     own = nullcontext(snapshots) if snapshots else Snapshots(own_file(resume), resume_every, config, sums, model)
@@ -188,3 +188,4 @@ def _append(whole: Statistics, part: Statistics, to_cpu: bool) -> None:
     whole.tokens |= part.tokens
     whole.terms = part.terms
     whole.outputs += part.outputs
+    whole.drawn = part.drawn

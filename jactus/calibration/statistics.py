@@ -61,7 +61,7 @@ class Statistics:
     """Sums of a calibration run, by layer name; Σ_x and its token count by the name of the first layer sharing it.
 
     `config` is the one that the run was made under, which `plan` goes by; None in files of before it was kept.
-    `outputs` are the layers that compute what the model returns.
+    `outputs` are the layers that compute what the model returns; `drawn`: gradients are of labels that the model drew (`drawing.py`).
     """
 
     layers: dict[str, LayerStatistics] = field(default_factory=dict)
@@ -70,12 +70,14 @@ class Statistics:
     terms: int = 0
     config: JactusConfig | None = None
     outputs: tuple[str, ...] = ()
+    drawn: bool = False
     forgotten: set[str] = field(default_factory=set)
 
     def __repr__(self) -> str:
         seen = max(self.tokens.values(), default=0)
         return (
-            f"Statistics({len(self.layers)} layers, {seen:,} tokens, {self.terms:,} terms, {self.nbytes / 1e6:.1f} MB)"
+            f"Statistics({len(self.layers)} layers, {seen:,} tokens, {self.terms:,} terms, labels {'drawn' if self.drawn else 'given'}, "
+            f"{self.nbytes / 1e6:.1f} MB)"
         )
 
     def input_covariance(self, name: str) -> Tensor | None:
@@ -163,6 +165,10 @@ class Statistics:
                 raise JactusError(f"statistics do not merge: {name} is missing or has other weights in one of them")
             if twin.inputs != layer.inputs or twin.sums().keys() != layer.sums().keys():
                 raise JactusError(f"statistics do not merge: {name} was calibrated with another configuration")
+        if self.drawn != other.drawn:
+            raise JactusError(
+                "statistics do not merge: gradients of one are of the labels given, of the other of labels drawn"
+            )
         if len(self.layers) != len(other.layers) or list(self.input_sums) != list(other.input_sums):
             raise JactusError("statistics do not merge: they cover different layers")
 
@@ -206,6 +212,7 @@ class Statistics:
         meta = {
             "terms": self.terms,
             "outputs": list(self.outputs),
+            "drawn": self.drawn,
             "config": None if self.config is None else self.config.to_dict(),
             "tokens": self.tokens,
             "layers": {
@@ -220,6 +227,7 @@ class Statistics:
         """The inverse of `to_tensors`. Raises what `storage.parsed` takes for a file that is not what it says."""
         config = meta.get("config")
         counts = {"terms": meta["terms"], "tokens": meta["tokens"], "outputs": tuple(meta.get("outputs", ()))}
+        counts["drawn"] = meta.get("drawn", False)
         self = storage.made(cls, counts)
         self.config = None if config is None else JactusConfig.from_dict(config)
         for name, kept in meta["layers"].items():

@@ -50,7 +50,7 @@ class Sweep:
         self.cache = DecoderCache(model)
         if (rule := snapshots.rule()) is not None:
             with storage.parsed(str(snapshots.path), KIND):
-                losses.terms.restore(rule)
+                losses.restore(rule)
 
     def run(self, batches: Iterable[Any], progress: bool, may_be_empty: bool = False) -> Statistics:
         """Raises JactusError as `calibrate`. may_be_empty: no batch at all gives no sums, and is no error."""
@@ -67,13 +67,16 @@ class Sweep:
                         self.snapshots.check(self.number)
                     continue
                 self._add(to_device(batch, device), index)
-                self.snapshots.maybe_save(self.statistics, self.number, index + 1, self.losses.terms.state())
+                self.snapshots.maybe_save(self.statistics, self.number, index + 1, self.losses.state())
         if index < 0 and not (may_be_empty and not self.skip):
             raise JactusError("no batch came out of `batches`; pass a list or loader with at least one")
         if index + 1 < self.skip:
             raise JactusError(
                 f"the snapshot holds {self.skip} batches, and only {index + 1} came; resume with the same ones or delete the file"
             )
+        self.statistics.drawn = bool(self.losses.drawing.found)
+        if why := self.losses.drawing.why:
+            logger.info("output gradients are of the labels given: %s", why)
         return self.statistics
 
     def _add(self, batch: Any, index: int) -> None:

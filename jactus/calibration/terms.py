@@ -118,7 +118,7 @@ class Terms:
             self._tried(self.left, batch, index, again=True)
 
     def state(self) -> dict[str, Any]:
-        """What was found, as plain values: a run that goes on must count as it did before."""
+        """What was found, as plain values."""
         return {"left": [[r.kind, list(r.path), list(r.ignored)] for r in self.left], "first": list(self.first)}
 
     def restore(self, state: dict[str, Any]) -> None:
