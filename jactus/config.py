@@ -38,10 +38,10 @@ class JactusConfig:
     exclude_modules: str | tuple[str, ...] = option((), "Same forms as target_modules; taken away from the targets.")
 
     metric: str = option("fisher", "'identity' (plain SVD), 'input' (activation whitening), 'gradient' or 'fisher'.")
-    labels: str = option(
-        "drawn",
-        "Whose labels output gradients are of: 'drawn' by the model from what it predicts, where its own loss is a cross-entropy of "
-        "one label a token (found on the first batch; elsewhere, and where mean gradients are wanted, the data's), or 'given'.",
+    draws: int = option(
+        1,
+        "How often a language model draws labels for what it is calibrated on, from what it predicts; 0: the labels of the data, as for "
+        "every loss that is no cross-entropy of one label a token (found on the first batch), and where mean gradients are wanted.",
     )
     damping: float = option(0.01, "λ in A + λ·mean(diag A)·I, likewise G; relative, so free of the loss's scale.")
 
@@ -85,7 +85,7 @@ class JactusConfig:
             "target_modules": _names(self.target_modules),
             "exclude_modules": _names(self.exclude_modules),
             "metric": self.metric in METRICS,
-            "labels": self.labels in ("drawn", "given"),
+            "draws": isinstance(self.draws, int) and not isinstance(self.draws, bool) and self.draws >= 0,
             "damping": number(self.damping) and self.damping > 0,
             "union": _names(self.union)
             and "weight" in self.union
@@ -118,9 +118,9 @@ class JactusConfig:
         return "gradient" in self.task_sources
 
     @property
-    def draws_labels(self) -> bool:
-        """Whether Σ_g may be of labels that the model draws: their mean gradient is none, so not where that is summed too."""
-        return self.labels == "drawn" and self.needs_output and not self.needs_gradient
+    def drawn(self) -> int:
+        """How often labels may be drawn for Σ_g: the mean gradient of labels drawn is none, so not where that is summed too."""
+        return self.draws if self.needs_output and not self.needs_gradient else 0
 
     @property
     def smaller_sides(self) -> bool:

@@ -127,7 +127,7 @@ def test_statistics_remember_their_configuration_and_a_plan_goes_by_it(tmp_path)
 
 def test_statistics_are_shown_in_a_line():
     found = jactus.calibrate(BERT.model(), BERT.batches(), SMALL, progress=False)
-    assert repr(found) == "Statistics(13 layers, 66 tokens, 12 terms, 0.0 MB)"
+    assert repr(found) == "Statistics(13 layers, 66 tokens, 12 terms, labels given, 0.0 MB)"
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from jactus import JactusConfig, JactusError, Statistics
 from tests.models import BERT, GPT2, LLAMA, T5
 
 DRAWN = JactusConfig().replace(rank_multiple=2)
-GIVEN = DRAWN.replace(labels="given")
+GIVEN = DRAWN.replace(draws=0)
 
 
 def calibrated(model, batches, config=DRAWN, **kwargs):
@@ -50,13 +50,14 @@ def test_sums_are_those_of_the_labels_drawn(family, draws):
             b["decoder_input_ids"] = model._shift_right(b["labels"])
     found = calibrated(model, batches)
     assert found.drawn
-    assert len(draws) == 3
-    for batch, drawn in zip(batches, draws):
+    drawn = torch.cat(draws)[:, 0]
+    for batch in batches:
         places = batch["labels"] != -100
         if family is not T5:
             places[:, 0] = False
-        assert len(drawn) == places.sum()
-        batch["labels"] = batch["labels"].masked_scatter(places, drawn[:, 0])
+        batch["labels"] = batch["labels"].masked_scatter(places, drawn)
+        drawn = drawn[int(places.sum()) :]
+    assert not len(drawn)
     given = calibrated(model, batches, GIVEN)
     assert not given.drawn
     assert same(found, given, 1e-12 if family is T5 else 1e-5)  # causal models compute their losses in float32
@@ -83,15 +84,16 @@ def test_many_draws_have_the_fisher_matrix():
         fourth = fourth + logp[y].exp().detach() * seen.dot(seen) ** 2
     count = 4000
     only = DRAWN.replace(target_modules=("gate_proj",), metric="gradient", union=("weight",))
-    sums = calibrated(model, [batch] * count, only, verify=False)
+    sums = calibrated(model, [batch], only.replace(draws=count), verify=False)
+    assert sums.terms == count
     name = next(iter(sums.layers))
     spread = float((fourth - exact.square().sum()) / count) ** 0.5  # of a mean of `count` draws, its standard deviation
     assert float((sums.seen_output(name) - exact).norm()) < 4 * spread
-    data = calibrated(model, [batch], only.replace(labels="given"), verify=False).seen_output(name)
+    data = calibrated(model, [batch], only.replace(draws=0), verify=False).seen_output(name)
     assert float((data - exact).norm()) > 8 * spread
 
 
-def test_every_pass_draws_the_same_and_the_same_rows_again_draw_anew(tmp_path):
+def test_the_same_rows_draw_the_same_but_in_other_draws(tmp_path):
     model, batches = LLAMA.model(), LLAMA.batches(3)
     whole = calibrated(model, batches)
     assert same(calibrated(model, batches), whole)
@@ -99,9 +101,10 @@ def test_every_pass_draws_the_same_and_the_same_rows_again_draw_anew(tmp_path):
     for name in whole.layers:
         assert same_side(parts.output_covariance(name), whole.output_covariance(name))
         assert same_side(parts.seen_output(name), whole.seen_output(name))
-    twice = calibrated(model, batches * 2)
-    assert twice.terms == 2 * whole.terms
     doubled = calibrated(model, batches).merge_([whole])
+    assert same(calibrated(model, batches * 2), doubled, 1e-6)
+    twice = calibrated(model, batches, DRAWN.replace(draws=2))
+    assert (twice.terms, twice.tokens) == (doubled.terms, doubled.tokens)
     assert not same(twice, doubled, 1e-3)
     whole.save(tmp_path / "sums")
     assert Statistics.load(tmp_path / "sums").drawn
@@ -161,5 +164,5 @@ def test_sums_of_labels_drawn_and_given_do_not_merge():
     model, batches = LLAMA.model(), LLAMA.batches(2)
     with pytest.raises(JactusError, match="labels drawn"):
         calibrated(model, batches).merge_([calibrated(model, batches, GIVEN)])
-    with pytest.raises(JactusError, match=r"labels = 'own'"):
-        DRAWN.replace(labels="own")
+    with pytest.raises(JactusError, match=r"draws = -1"):
+        DRAWN.replace(draws=-1)

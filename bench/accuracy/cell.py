@@ -28,8 +28,8 @@ def measure(cell: Cell, threads: int, autocast: torch.dtype | None, untrained: b
     case = prepared(task, head, cell.seed, device)
     statistics = None
     if is_compressed(cell.method):
-        labels = chosen.config.labels if chosen else "given"
-        statistics = calibrated(task, case, seen, cell.seed, head, autocast, needs_all(cell.method), labels)
+        draws = chosen.changes.get("draws") if chosen else 0
+        statistics = calibrated(task, case, seen, cell.seed, head, autocast, needs_all(cell.method), draws)
     context = Context(statistics, calibration_batches(task, case, min(seen, FEW), cell.seed), cell.seed)
     model = build(cell.method, case.model, context, cell.budget)
     del statistics, context

@@ -41,7 +41,7 @@ COMPACT = "svd-llm-compact+lora"  # of the same deployed size, counted as JACTUS
 CERSA = "cersa"  # its steps are of another size than adapters': it tries rates of its own
 UNION = "union_share=0.1"
 UNITED = f"jactus[{UNION}]"
-GIVEN = "labels=given"
+GIVEN = "draws=0"  # the labels of the data
 WIDER = "jactus[core_width=2.0]"  # with about as many parameters to train as LoRA on two factors has
 WHOLE = ("full", "lora", "dora", "pissa", "corda", "eva", "eigentune")
 

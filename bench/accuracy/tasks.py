@@ -38,7 +38,7 @@ class Task:
     """How to load a task, score a model on it, and train on it.
 
     metric: 'accuracy' (higher is better) or 'perplexity' (lower is).
-    calibration: how many training examples calibration sees; draws: how often, where it draws labels for them.
+    calibration: how many training examples calibration sees; draws: how often a language model draws labels for them.
     rate: what the learning rates tried by every method are multiplied by.
     """
 
@@ -206,25 +206,25 @@ def calibrated(
     head: str,
     autocast: torch.dtype | None,
     whole: bool = True,
-    labels: str = "drawn",
+    draws: int | None = None,
 ) -> jactus.Statistics:
     """The sums over `rows` training examples drawn by `seed` (once; then read from the cache): all there are, so that whoever
-    asks for a share finds its own, or, if not `whole`, those of each layer's smaller side."""
-    config = jactus.JactusConfig(union=SOURCES, union_share=0.1 if whole else 0.0, labels=labels)
-    draws = task.draws if config.draws_labels and not _has_head(task, case) else 0
+    asks for a share finds its own, or, if not `whole`, those of each layer's smaller side. A language model draws its labels `draws` times (None: the task's number)."""
+    draws = task.draws if draws is None else draws
+    config = jactus.JactusConfig(union=SOURCES, union_share=0.1 if whole else 0.0, draws=draws)
     device = next(case.model.parameters()).device.type
 
     def calibrate(file: Path) -> None:
         with torch.autocast(device, autocast or torch.bfloat16, enabled=autocast is not None):
             seen = calibration_batches(task, case, rows, seed)
-            jactus.calibrate(case.model, seen * max(draws, 1), config, progress=False).save(file)
+            jactus.calibrate(case.model, seen, config, progress=False).save(file)
 
     how = "float32" if autocast is None else "autocast"
     if head == "fitted" and _has_head(task, case):
         head += f"-{HEAD_L2:g}"
     if not whole:
         head += "-smaller-sides"
-    if draws:
+    if config.drawn and not _has_head(task, case):
         head += f"-drawn-{draws}"
     return jactus.Statistics.load(_once(f"statistics-{task.name}-{rows}-{seed}-{head}-{how}{_on(device)}", calibrate))
 

@@ -29,7 +29,8 @@ ON_GPU = (
     Setting("minilm", "bfloat16", 1, 16, 64),
 )
 BATCHES = 2
-COVARIANCES = jactus.JactusConfig(union=("weight", "covariance"), union_share=0.1)  # whole, as the usual way has them
+# whole, and of the data's labels, as the usual way has them
+COVARIANCES = jactus.JactusConfig(union=("weight", "covariance"), union_share=0.1, draws=0)
 WITH_GRADIENT = jactus.JactusConfig(union_share=0.1)
 UPDATE_SIZES = (384, 768, 1536, 3072, 4096)
 UPDATE_TOKENS = 2048

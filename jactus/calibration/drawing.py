@@ -23,43 +23,54 @@ NEGLIGIBLE = 1e-6  # nats a term: what a cross-entropy near zero is known to
 
 
 class Drawing:
-    """Draws labels for the batches of a pass, where the model's loss is found to be a cross-entropy of its logits.
+    """Draws labels, where the model's loss is found to be a cross-entropy of its logits with a label a token.
 
-    wanted: whether to at all. `found` is True or False once a batch was seen, and `why` says why not.
+    draws: how many for each; 0: none. `found` is True or False once a batch was seen, and `why` says why not.
     """
 
-    def __init__(self, model: nn.Module, wanted: bool) -> None:
-        self.name = type(model).__name__
-        self.found: bool | None = None if wanted else False
+    def __init__(self, model: nn.Module, draws: int) -> None:
+        self.name, self.draws = type(model).__name__, draws
+        self.found: bool | None = None if draws else False
         self.why = ""
 
-    def of(self, output: Any, loss: Tensor, rule: Rule, batch: Any, index: int) -> Tensor | None:
+    @property
+    def more(self) -> range:
+        """The draws after the first."""
+        return range(1, self.draws if self.found else 1)
+
+    def of(self, output: Any, loss: Tensor, rule: Rule, batch: Any, index: int, draw: int) -> Tensor | None:
         """The sum of −log p (a scalar with its graph) over drawn labels, one wherever the batch has one; None: not to be drawn.
 
-        output: what the model returned; loss (): the number in it, which `rule` says how to count. What is drawn depends on the
-        batch and its number `index` alone, so that every pass draws the same, and the same rows under another number draw anew.
+        output: what the model returned for batch number `index`; loss (): the number in it, which `rule` says how to count. What
+        is drawn for an example depends on its labels and on which `draw` it is, and not on the examples or the padding beside it.
         Raises JactusError where this batch's loss is no cross-entropy, and an earlier one's was.
         """
         if self.found is False:
             return None
         logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-        why, logp = self._differs(logits, loss, rule, batch)
-        if logp is None:
+        why, terms = self._differs(logits, loss, rule, batch)
+        if terms is None:
             if self.found:
                 raise JactusError(
-                    f"batch {index}: labels were drawn for the batches before, and cannot be for this one: {why}; "
-                    "labels='given' takes those of the data"
+                    f"batch {index}: labels were drawn for the batches before, and cannot be for this one: {why}; draws=0 takes those "
+                    "of the data"
                 )
             self.found, self.why = False, why
             return None
         self.found = True
-        generator = torch.Generator(logp.device).manual_seed(_seed(batch, index))
-        pieces = logp.detach().split(PIECE)  # a vocabulary of probabilities a token is not to be held for all of them
-        drawn = torch.cat([torch.multinomial(piece.exp(), 1, generator=generator) for piece in pieces])
-        return -logp.gather(-1, drawn).sum()
+        logp, labels, rows = terms
+        drawn = [
+            _drawn(ours.detach(), _seed(its, draw))
+            for ours, its in zip(logp.split(rows), labels.split(rows))
+            if len(its)
+        ]
+        return -logp.gather(-1, torch.cat(drawn)).sum()
 
-    def _differs(self, logits: Any, loss: Tensor, rule: Rule, batch: Any) -> tuple[str, Tensor | None]:
-        """Why the loss is no cross-entropy of logits with labels; else the logarithms of what is predicted, (terms, classes)."""
+    def _differs(
+        self, logits: Any, loss: Tensor, rule: Rule, batch: Any
+    ) -> tuple[str, tuple[Tensor, Tensor, list[int]] | None]:
+        """Why the loss is no cross-entropy of logits with labels; else log p of what is predicted (terms, classes), the labels (terms,),
+        and how many terms each example has."""
         if not rule.kind.endswith("labels"):
             return f"the loss of {self.name} is {rule}", None
         labels = dict(tensors(batch))[rule.path]
@@ -76,6 +87,7 @@ class Drawing:
         counted = torch.ones_like(labels, dtype=torch.bool)
         for value in rule.ignored:
             counted &= labels != value
+        rows = counted.flatten(1).sum(1).tolist()
         logits, labels = logits[counted], labels[counted].to(logits.device)
         logp = (logits.float() if logits.element_size() < 4 else logits).log_softmax(-1)
         ours, theirs = (
@@ -88,11 +100,17 @@ class Drawing:
                 f"the loss of {self.name} sums to {theirs:.6g}, and the cross-entropy of its logits with the labels to {ours:.6g}",
                 None,
             )
-        return "", logp
+        return "", (logp, labels, rows)
 
 
-def _seed(batch: Any, index: int) -> int:
-    hasher = xxhash.xxh3_64(str(index).encode())
-    for _, t in tensors(batch):
-        storage.update(hasher, t)
+def _drawn(logp: Tensor, seed: int) -> Tensor:
+    """A label for each row of log p (terms, classes): (terms, 1)."""
+    generator = torch.Generator(logp.device).manual_seed(seed)
+    # probabilities of a whole vocabulary are not to be held for all of them
+    return torch.cat([torch.multinomial(piece.exp(), 1, generator=generator) for piece in logp.split(PIECE)])
+
+
+def _seed(labels: Tensor, draw: int) -> int:
+    hasher = xxhash.xxh3_64(str(draw).encode())
+    storage.update(hasher, labels)
     return hasher.intdigest() >> 1  # a generator takes 63 bits

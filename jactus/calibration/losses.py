@@ -26,18 +26,20 @@ class LossSum:
     """The sum of a batch's loss terms and their number, by the model's own loss or the user's.
 
     `loss(model, batch)` may return the terms unreduced (any shape), a pair (sum, number), or one number, whose rule of counting
-    is found on the first batch (`terms.py`); None takes the model's own, with labels that it draws itself if `drawn` and it
-    can (`drawing.py`).
+    is found on the first batch (`terms.py`); None takes the model's own, with labels that it draws itself, `draws`
+    times, if it can (`drawing.py`).
     """
 
-    def __init__(self, model: nn.Module, loss: Loss | None, verify: bool = True, drawn: bool = False) -> None:
+    def __init__(self, model: nn.Module, loss: Loss | None, verify: bool = True, draws: int = 0) -> None:
         self.model, self.loss, self.verify = model, loss, verify
-        self.drawing = Drawing(model, drawn)
+        self.drawing = Drawing(model, draws)
         self.terms = Terms(model, self.scalar, verify, own=loss is None)
         self.is_number: bool | None = None  # known once the loss was seen
 
-    def of(self, batch: Any, index: int, blame: Callable[[int], None] | None = None) -> tuple[Tensor, int]:
-        """The sum (a scalar with its graph) and the number of terms of batch number `index`.
+    def of(
+        self, batch: Any, index: int, blame: Callable[[int], None] | None = None, draw: int = 0
+    ) -> tuple[Tensor, int]:
+        """The sum (a scalar with its graph) and the number of terms of batch number `index`, its labels drawn for the `draw`th time.
 
         Raises JactusError for a batch without a loss, or one not finite, unless `blame(index)` raises it first, naming the layer
         where it began.
@@ -51,7 +53,7 @@ class LossSum:
             factor, terms = self.terms.of(batch)
             total = widened(result) * (factor or 1)
             if factor and torch.isfinite(result):
-                drawn = self.drawing.of(output, result, self.terms.left[0], batch, index)
+                drawn = self.drawing.of(output, result, self.terms.left[0], batch, index, draw)
                 total = total if drawn is None else drawn
             if not factor and terms and torch.isfinite(result) and result != 0:  # of nothing there is nothing to sum
                 raise JactusError(

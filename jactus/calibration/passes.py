@@ -120,7 +120,7 @@ def by_part(
     bytes_needed = max(sum(sum_bytes(t, config, sums) for t in part) for part in passes)
     logger.info("calibrating %d layers, sums of at most %.1f MB at a time", len(targets), bytes_needed / 1e6)
     planning = snapshots is not None
-    losses = LossSum(model, loss, verify, config.draws_labels and loss is None)
+    losses = LossSum(model, loss, verify, config.drawn if loss is None else 0)
     terms: int | None = None
     short: dict[str, int] = {}
     own = nullcontext(snapshots) if snapshots else Snapshots(own_file(resume), resume_every, config, sums, model)

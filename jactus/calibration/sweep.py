@@ -90,14 +90,16 @@ class Sweep:
                 if self.losses.is_empty(part):
                     continue
                 self.tokens.one_of(part)
-            self.statistics.terms += self._record(part, index)
+            self._record(part, index)
+            for draw in self.losses.drawing.more:
+                self._record(part, index, draw)
 
-    def _record(self, batch: Any, index: int) -> int:
-        """Add a batch to the sums; returns its number of loss terms."""
+    def _record(self, batch: Any, index: int, draw: int = 0) -> None:
+        """Add a batch to the sums."""
         recorder = self.recorder
         recorder.begin(index)
         with torch.enable_grad() if recorder.backward else torch.no_grad():
-            total, terms = self.losses.of(batch, index, recorder.blame)
+            total, terms = self.losses.of(batch, index, recorder.blame, draw)
             recorder.between()
             if recorder.backward:
                 if not total.requires_grad:
@@ -108,7 +110,7 @@ class Sweep:
                     )
                 recorder.send_back(total * self.sums.loss_scale)
         recorder.end()
-        return terms
+        self.statistics.terms += terms
 
     def _look(self, batch: Any, index: int) -> None:
         """What the first batch shows, before anything is summed."""
