@@ -89,6 +89,8 @@ class Drawing:
             counted &= labels != value
         rows = counted.flatten(1).sum(1).tolist()
         logits, labels = logits[counted], labels[counted].to(logits.device)
+        if bool(((labels < 0) | (labels >= logits.shape[-1])).any()):
+            return f"labels of {self.name} are no classes of its logits {tuple(logits.shape)}", None
         logp = (logits.float() if logits.element_size() < 4 else logits).log_softmax(-1)
         ours, theirs = (
             -float(logp.detach().gather(-1, labels[:, None]).sum()),

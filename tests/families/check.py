@@ -42,6 +42,7 @@ def configs(exclude: tuple[str, ...] = ()) -> dict[str, JactusConfig]:
     )
     return {
         "statistics": common,
+        "drawn": common.replace(union_share=0.0),
         "full": common.replace(budget=1.0),
         "low": common.replace(budget=0.6, rank_floor=2, uniform_part=0.0),
     }
@@ -182,7 +183,7 @@ def judge(case: Data, model: nn.Module, own: Own, names: tuple, result: Result, 
             hows[f"in {'padded ' if case.ragged else ''}batches of {size}"] = case.together
         for how, batches in hows.items():
             try:
-                statistics = _calibrate(case, model, batches, chosen)
+                statistics = _calibrate(case, model, batches, chosen["statistics"])
             except JactusError as e:
                 if how == list(hows)[-1] and not found:
                     del refusals[len(refusals) - len(hows) + 1 :]  # once is enough
@@ -195,10 +196,12 @@ def judge(case: Data, model: nn.Module, own: Own, names: tuple, result: Result, 
             found.append(statistics)
         if len({s.terms for s in found}) > 1:
             raise Wrong(f"terms are {found[1].terms} in a batch and {found[0].terms} alone")
+        if case.loss is None and len(found) == len(hows):
+            _draw(case, model, list(hows.values()), own, chosen, result)
         statistics = found[0]
     else:
         note(result.notes, "not a sum over examples: compared batch by batch")
-        statistics = _calibrate(case, model, case.together, chosen)
+        statistics = _calibrate(case, model, case.together, chosen["statistics"])
         want = truth(model, case.together, case.terms_together, list(statistics.layers), case.total)
         _compare(statistics, want, own, case, "as it is")
     values(
@@ -209,11 +212,25 @@ def judge(case: Data, model: nn.Module, own: Own, names: tuple, result: Result, 
     note(result.notes, "all steps")
 
 
-def _calibrate(case: Data, model: nn.Module, batches: list[Any], chosen: dict[str, JactusConfig]) -> jactus.Statistics:
+def _calibrate(case: Data, model: nn.Module, batches: list[Any], config: JactusConfig) -> jactus.Statistics:
     with Double():
-        return jactus.calibrate(
-            model, batches, chosen["statistics"], loss=case.loss, statistics_dtype="float64", progress=False
-        )
+        return jactus.calibrate(model, batches, config, loss=case.loss, statistics_dtype="float64", progress=False)
+
+
+def _draw(case: Data, model: nn.Module, ways: list[list[Any]], own: Own, chosen: dict, result: Result) -> None:
+    """Labels that the model draws are alike alone and in a batch, and so are the sums."""
+    found = [_calibrate(case, model, batches, chosen["drawn"]) for batches in ways]
+    if len({s.drawn for s in found}) > 1:
+        raise Wrong(f"labels are drawn {', '.join(str(s.drawn) for s in found)} (alone, in a batch)")
+    if not found[0].drawn:
+        return
+    note(result.notes, "draws labels")
+    for name in found[0].layers:
+        sums = [{**s.layers[name].sums()} for s in found]
+        scale = max((float(S.norm()) for S in sums[0].values()), default=0.0)
+        off = max((float((other[k] - S).norm()) for other in sums for k, S in sums[0].items()), default=0.0)
+        if off > own.tolerance * max(scale, 1e-290):
+            raise Wrong(f"sums of labels drawn of {name} differ alone and in a batch by {off / scale:.1g}")
 
 
 def _compare(statistics: jactus.Statistics, want: Truth, own: Own, case: Data, how: str) -> None:
