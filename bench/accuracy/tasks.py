@@ -125,7 +125,14 @@ def _table(*tasks: Task) -> dict[str, Task]:
     return {task.name: task for task in tasks}
 
 
-COMMONSENSE: dict[str, Any] = {"metric": "accuracy", "epochs": 1, "batch_size": 16, "calibration": 256, "rate": 0.5}
+COMMONSENSE: dict[str, Any] = {
+    "metric": "accuracy",
+    "epochs": 1,
+    "batch_size": 16,
+    "calibration": 256,
+    "draws": 0,
+    "rate": 0.5,
+}
 FEW_SHOT = (1000, 500, 2000)  # what two cores bear of a model that sees 65 tokens a picture
 PICTURED: dict[str, Any] = {"metric": "accuracy", "epochs": 4, "calibration": 1000, "rate": 0.5}
 LANGUAGE: dict[str, Any] = {
