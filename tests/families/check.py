@@ -197,7 +197,7 @@ def judge(case: Data, model: nn.Module, own: Own, names: tuple, result: Result, 
         if len({s.terms for s in found}) > 1:
             raise Wrong(f"terms are {found[1].terms} in a batch and {found[0].terms} alone")
         if case.loss is None and len(found) == len(hows):
-            _draw(case, model, list(hows.values()), own, chosen, result)
+            _draw(case, model, list(hows.values()), own, chosen)
         statistics = found[0]
     else:
         note(result.notes, "not a sum over examples: compared batch by batch")
@@ -217,17 +217,15 @@ def _calibrate(case: Data, model: nn.Module, batches: list[Any], config: JactusC
         return jactus.calibrate(model, batches, config, loss=case.loss, statistics_dtype="float64", progress=False)
 
 
-def _draw(case: Data, model: nn.Module, ways: list[list[Any]], own: Own, chosen: dict, result: Result) -> None:
+def _draw(case: Data, model: nn.Module, ways: list[list[Any]], own: Own, chosen: dict) -> None:
     """Labels that the model draws are alike alone and in a batch, and so are the sums where those of the labels given are."""
     found = [_calibrate(case, model, batches, chosen["drawn"]) for batches in ways]
     if len({s.drawn for s in found}) > 1:
         raise Wrong(f"labels are drawn {', '.join(str(s.drawn) for s in found)} (alone, in a batch)")
     if not found[0].drawn:
         return
-    note(result.notes, "draws labels")
     given = [_calibrate(case, model, batches, chosen["drawn"].replace(draws=0)) for batches in ways]
     if any(_apart(given, name) > own.tolerance for name in given[0].layers):
-        note(result.notes, "gradients differ alone and in a batch")
         return
     for name in found[0].layers:
         if (off := _apart(found, name)) > 10 * own.tolerance:
