@@ -107,6 +107,7 @@ def language() -> Iterator[Entry]:
     yield from at_length(SEEDS)
     for method, budget in (("jactus", 0.8), ("lora", 1.0), ("full", 1.0), (PIPELINES[0], 0.8)):
         yield replace(spoken(LONG, method, budget, FIRST), parts=(0.5, 1.0))  # nine times as many steps
+    yield replace(spoken(LONG, f"jactus[{GIVEN}]", 0.8, FIRST), parts=(0.5, 1.0, 2.0))
 
 
 def images() -> Iterator[Entry]:
