@@ -40,8 +40,8 @@ class JactusConfig:
     metric: str = option("fisher", "'identity' (plain SVD), 'input' (activation whitening), 'gradient' or 'fisher'.")
     draws: int = option(
         1,
-        "How often a language model draws labels for what it is calibrated on, from what it predicts; 0: the labels of the data, as for "
-        "every loss that is no cross-entropy of one label a token (found on the first batch), and where mean gradients are wanted.",
+        "How many labels a model draws, from what it predicts, for each token that it is calibrated on; 0: the labels of the data, as for "
+        "every loss that is no mean cross-entropy of one label a token (found on the first batch), and where mean gradients are wanted.",
     )
     damping: float = option(0.01, "λ in A + λ·mean(diag A)·I, likewise G; relative, so free of the loss's scale.")
 

@@ -104,10 +104,38 @@ def test_the_same_rows_draw_the_same_but_in_other_draws(tmp_path):
     doubled = calibrated(model, batches).merge_([whole])
     assert same(calibrated(model, batches * 2), doubled, 1e-6)
     twice = calibrated(model, batches, DRAWN.replace(draws=2))
-    assert (twice.terms, twice.tokens) == (doubled.terms, doubled.tokens)
-    assert not same(twice, doubled, 1e-3)
+    assert (twice.terms, twice.tokens) == (doubled.terms, whole.tokens)  # inputs are the same, and summed once
+    for name in whole.layers:
+        a, b = twice.output_covariance(name), whole.output_covariance(name)
+        assert a is None or not torch.allclose(a, b, rtol=1e-3, atol=0)
+        assert same_side(twice.seen_input(name), whole.seen_input(name))
     whole.save(tmp_path / "sums")
     assert Statistics.load(tmp_path / "sums").drawn
+
+
+@pytest.mark.parametrize("family", [LLAMA, GPT2, T5], ids=lambda f: f.name)
+def test_an_example_draws_the_same_alone_and_among_others(family, draws):
+    model, batch = family.model(dtype=torch.float64), family.batch(rows=8, length=7)
+    calibrated(model, [batch])
+    together = torch.cat(draws).tolist()
+    draws.clear()
+    calibrated(model, [{key: t[i : i + 1] for key, t in batch.items()} for i in range(8)])
+    assert torch.cat(draws).tolist() == together
+    draws.clear()
+    longer = {key: torch.nn.functional.pad(t, (0, 3), value=-100 if key == "labels" else 0) for key, t in batch.items()}
+    calibrated(model, [longer])
+    assert torch.cat(draws).tolist() == together
+
+
+def test_examples_with_the_same_labels_draw_apart(draws):
+    """Answers are few and alike: were a draw of the labels alone, all would have the same."""
+    model = LLAMA.model()
+    model.lm_head.weight.data.zero_()  # every token as likely as another
+    batch = LLAMA.batch(rows=40, length=8)
+    batch = {"input_ids": batch["input_ids"], "labels": torch.full((40, 8), -100)}
+    batch["labels"][:, -1] = 7
+    calibrated(model, [batch])
+    assert len(set(torch.cat(draws)[:, 0].tolist())) > 20
 
 
 def test_a_run_that_goes_on_draws_as_it_did(tmp_path):
@@ -126,6 +154,18 @@ def test_a_run_that_goes_on_draws_as_it_did(tmp_path):
     assert same(calibrated(model, batches, resume=file), whole)
 
 
+class Detached(torch.nn.Module):
+    """Returns logits to look at, without their graph."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, **batch):
+        found = self.model(**batch)
+        return {"loss": found.loss, "logits": found.logits.detach()}
+
+
 def smoothed(self, logits, labels, vocab_size, **kwargs):
     flat = logits[:, :-1].reshape(-1, vocab_size)
     return torch.nn.functional.cross_entropy(flat, labels[:, 1:].reshape(-1), label_smoothing=0.1)
@@ -139,6 +179,8 @@ def test_what_is_no_cross_entropy_of_tokens_has_the_labels_given():
     assert not own.drawn
     united = DRAWN.replace(union_share=0.5)  # the mean gradient of labels drawn is none
     assert not calibrated(llama, LLAMA.batches(), united).drawn
+    detached = calibrated(Detached(llama), LLAMA.batches())
+    assert not detached.drawn
     llama.loss_function = types.MethodType(smoothed, llama)
     batches = [{"input_ids": b["input_ids"], "labels": b["input_ids"].clone()} for b in LLAMA.batches()]
     assert not calibrated(llama, batches).drawn

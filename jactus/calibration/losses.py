@@ -52,14 +52,22 @@ class LossSum:
         else:
             factor, terms = self.terms.of(batch)
             total = widened(result) * (factor or 1)
-            if factor and torch.isfinite(result):
-                drawn = self.drawing.of(output, result, self.terms.left[0], batch, index, draw)
-                total = total if drawn is None else drawn
             if not factor and terms and torch.isfinite(result) and result != 0:  # of nothing there is nothing to sum
                 raise JactusError(
                     f"batch {index}: the loss is {float(result):.6g}, and of its examples alone it is not finite, so what it sums "
                     "cannot be told; pass loss= that returns (sum, number of terms)"
                 )
+            if factor and output is not None and torch.isfinite(result):
+                logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+                drawn = self.drawing.of(logits, result, self.terms.left[0], batch, index, draw)
+                if drawn is not None:
+                    del (
+                        output,
+                        result,
+                        total,
+                        logits,
+                    )  # and with them the graph of the loss, which is as large as this one's
+                    total = nn.functional.cross_entropy(widened(drawn[0]), drawn[1], reduction="sum")
         if terms < 1:
             raise JactusError(f"batch {index} has no loss term (all its labels are -100); drop it or check the labels")
         if not torch.isfinite(total):
@@ -102,12 +110,18 @@ class LossSum:
 
     def state(self) -> dict[str, Any]:
         """What was found, as plain values: a run that goes on must count, and draw, as it did before."""
-        return {**self.terms.state(), "drawn": self.drawing.found}
+        return {**self.terms.state(), "drawn": self.drawing.found, "draws": self.drawing.draws}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """The inverse of `state`, also as it was before labels were drawn."""
+        """The inverse of `state`; a run of before labels were drawn goes on with those given. Raises JactusError where the run draws
+        otherwise."""
         self.terms.restore(state)
-        self.drawing.found = state.get("drawn", False)
+        if state.get("draws", self.drawing.draws) != self.drawing.draws:
+            raise JactusError(
+                f"the snapshot is of a run with draws={state['draws']}, and this one has draws={self.drawing.draws}: another "
+                "configuration; resume with the same, or delete the file to start again"
+            )
+        self.drawing.found, self.drawing.why = state.get("drawn", False), "those of the run that this one goes on from"
 
     def found(self) -> str:
         """What the loss was found to be, in words."""

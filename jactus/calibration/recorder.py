@@ -47,6 +47,7 @@ class Recorder:
         self.targets, self.config, self.sums, self.statistics, self.tokens = targets, config, sums, statistics, tokens
         self.backward = config.needs_output or config.needs_gradient
         self.in_forward = False
+        self.inputs = True
         self.index = -1
         self.calls: dict[str, int] = {}
         self.counted: dict[str, int] = {}
@@ -75,11 +76,11 @@ class Recorder:
                 handle.remove()
             self.given.clear()
 
-    def begin(self, index: int) -> None:
-        """Before the forward of batch number `index`, or of an example of it."""
+    def begin(self, index: int, inputs: bool = True) -> None:
+        """Before the forward of batch number `index`, or of an example of it; `inputs`: whether they are summed, and not yet known."""
         if not self.statistics.layers:
             self._make_sums()
-        self.in_forward, self.index = True, index
+        self.in_forward, self.index, self.inputs = True, index, inputs
         self.starts.clear()
         for kept in (self.calls, self.counted, self.gradients, self.given, self.totals, self.reading):
             kept.clear()
@@ -96,7 +97,8 @@ class Recorder:
             if self.backward and not torch.is_grad_enabled():
                 return None  # what is computed without gradients does not reach the loss
             self.counted[name] = self.counted.get(name, 0) + 1
-            self._see_input(name, call, x)
+            if self.inputs:
+                self._see_input(name, call, x)
             if self.backward and not x.requires_grad:
                 # With all parameters frozen the graph must begin somewhere: at the input of the first layers.
                 self.starts.append(x.detach().requires_grad_(True))

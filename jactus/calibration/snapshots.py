@@ -72,7 +72,6 @@ class Snapshots:
                 **{key: _plain(getattr(config, key)) for key in DECISIVE},
                 **sums.decisive(),
                 **({"sums": "smaller sides"} if config.smaller_sides else {}),
-                **({"draws": config.drawn} if config.drawn else {}),
                 **({"planned under": json.loads(json.dumps(planned_under))} if planned_under else {}),
             },
             "weights": fingerprints(model) if path is not None else {},

@@ -75,8 +75,12 @@ class Sweep:
                 f"the snapshot holds {self.skip} batches, and only {index + 1} came; resume with the same ones or delete the file"
             )
         self.statistics.drawn = bool(self.losses.drawing.found)
-        if why := self.losses.drawing.why:
-            logger.info("output gradients are of the labels given: %s", why)
+        drawing = self.losses.drawing
+        if drawing.draws and not drawing.found:
+            level = (
+                logging.WARNING if drawing.draws > 1 else logging.INFO
+            )  # one draw is the default, more were asked for
+            logger.log(level, "output gradients are of the labels given: %s", drawing.why)
         return self.statistics
 
     def _add(self, batch: Any, index: int) -> None:
@@ -97,7 +101,7 @@ class Sweep:
     def _record(self, batch: Any, index: int, draw: int = 0) -> None:
         """Add a batch to the sums."""
         recorder = self.recorder
-        recorder.begin(index)
+        recorder.begin(index, inputs=not draw)
         with torch.enable_grad() if recorder.backward else torch.no_grad():
             total, terms = self.losses.of(batch, index, recorder.blame, draw)
             recorder.between()
