@@ -79,8 +79,8 @@ TEXT_COLUMNS = (
 )
 PICTURES_SHOWN = ("full", "lora", "dora", "jactus 80%", "jactus[union_share=0.1] 80%", "svd-llm+lora 80%", "jactus 50%")
 PICTURES_COLUMNS = (*PICTURES, "mean", "− LoRA, paired", "untrained", "deployed", "trainable")
-LANGUAGE_SHOWN = ("full", "lora", "jactus 80%", "svd-llm+lora 80%", "jactus 50%",
-                  "svd-llm+lora 50%")  # fmt: skip
+LANGUAGE_SHOWN = ("full", "lora", "jactus 80%", "jactus[draws=0] 80%", "svd-llm+lora 80%", "jactus 50%",
+                  "jactus[draws=0] 50%", "svd-llm+lora 50%")  # fmt: skip
 LANGUAGE_COLUMNS = ("wikipedia", "openwebtext", "wikipedia-long", "deployed", "in training", "trainable")
 
 

@@ -56,7 +56,9 @@ class Drawing:
             with torch.enable_grad():
                 shifted = logits[..., :-1, :] if rule.kind.startswith("shifted") else logits
                 logits = shifted[counted]
-            why = self._differs(logits, labels[counted], float(loss.detach()) * rule.factor(batch), loss.element_size() < 4)
+            why = self._differs(
+                logits, labels[counted], float(loss.detach()) * rule.factor(batch), loss.element_size() < 4
+            )
         if why:
             if self.found:
                 raise JactusError(
