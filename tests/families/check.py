@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 import jactus
 from jactus import Allocation, JactusConfig, JactusError
+from jactus.calibration.examples import size as examples
 
 from .inputs import Data
 from .oracle import Double, Sums, Truth, difference, truth
@@ -224,6 +225,8 @@ def _draw(case: Data, model: nn.Module, ways: list[list[Any]], own: Own, chosen:
         raise Wrong(f"labels are drawn {', '.join(str(s.drawn) for s in found)} (alone, in a batch)")
     if not found[0].drawn:
         return
+    if len({sum(examples(batch) or 0 for batch in batches) for batches in ways}) > 1:
+        return  # rows that hold several examples (packed) are other rows, and draw as such
     given = [_calibrate(case, model, batches, chosen["drawn"].replace(draws=0)) for batches in ways]
     if any(_apart(given, name) > own.tolerance for name in given[0].layers):
         return
