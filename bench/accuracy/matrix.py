@@ -41,7 +41,7 @@ COMPACT = "svd-llm-compact+lora"  # of the same deployed size, counted as JACTUS
 CERSA = "cersa"  # its steps are of another size than adapters': it tries rates of its own
 UNION = "union_share=0.1"
 UNITED = f"jactus[{UNION}]"
-GIVEN = "draws=0"  # the labels of the data
+GIVEN = "jactus[draws=0]"  # the labels of the data
 WIDER = "jactus[core_width=2.0]"  # with about as many parameters to train as LoRA on two factors has
 WHOLE = ("full", "lora", "dora", "pissa", "corda", "eva", "eigentune")
 
@@ -100,14 +100,14 @@ def language() -> Iterator[Entry]:
         yield spoken(task, PIPELINES[0], 0.5, FIRST)
         yield spoken(task, UNITED, 0.8, FIRST)
         for budget in (0.8, 0.5):
-            yield spoken(task, f"jactus[{GIVEN}]", budget, SEEDS)
+            yield spoken(task, GIVEN, budget, SEEDS)
         for method in (COMPACT, *PIPELINES[1:]):
             yield varied(spoken(task, PIPELINES[0], 0.8, FIRST), method=method)
     yield entry(LANGUAGES[0], CERSA, 0.8, FIRST)
     yield from at_length(SEEDS)
     for method, budget in (("jactus", 0.8), ("lora", 1.0), ("full", 1.0), (PIPELINES[0], 0.8)):
         yield replace(spoken(LONG, method, budget, FIRST), parts=(0.5, 1.0))  # nine times as many steps
-    yield replace(spoken(LONG, f"jactus[{GIVEN}]", 0.8, FIRST), parts=(0.5, 1.0, 2.0))
+    yield replace(spoken(LONG, GIVEN, 0.8, FIRST), parts=(0.5, 1.0, 2.0))
 
 
 def images() -> Iterator[Entry]:

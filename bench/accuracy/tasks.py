@@ -216,7 +216,8 @@ def calibrated(
     draws: int | None = None,
 ) -> jactus.Statistics:
     """The sums over `rows` training examples drawn by `seed` (once; then read from the cache): all there are, so that whoever
-    asks for a share finds its own, or, if not `whole`, those of each layer's smaller side. A language model draws its labels `draws` times (None: the task's number)."""
+    asks for a share finds its own, or, if not `whole`, those of each layer's smaller side. A language model draws its labels `draws` times (None: the
+    task's number)."""
     draws = task.draws if draws is None else draws
     config = jactus.JactusConfig(union=SOURCES, union_share=0.1 if whole else 0.0, draws=draws)
     device = next(case.model.parameters()).device.type

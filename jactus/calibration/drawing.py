@@ -16,7 +16,7 @@ from jactus_kernels import JactusError
 from ..checkpoints import storage
 from .examples import tensors
 from .probes import Rule
-from .rounding import FULL, HALF
+from .rounding import FULL, HALF, widened
 
 PIECE = 1024  # terms looked at at a time: all their probabilities are not to be held beside the logits
 NEGLIGIBLE = 1e-6  # nats a term: what a cross-entropy near zero is known to
@@ -94,9 +94,7 @@ class Drawing:
         if places != list(labels.shape):
             return f"{self.name} returns logits of other places ({places}) than labels", none, none
         labels = labels.to(logits.device).long()
-        counted = torch.ones_like(labels, dtype=torch.bool)
-        for value in rule.ignored:
-            counted &= labels != value
+        counted = rule.counts(labels)
         if bool((counted & ((labels < 0) | (labels >= logits.shape[-1]))).any()):
             return f"labels of {self.name} are no classes of its logits {tuple(logits.shape)}", none, none
         return "", labels, counted
@@ -112,7 +110,7 @@ class Drawing:
 
 
 def _log(logits: Tensor) -> Tensor:
-    return (logits.float() if logits.element_size() < 4 else logits).log_softmax(-1)
+    return widened(logits).log_softmax(-1)
 
 
 def _drawn(logits: Tensor, generator: torch.Generator) -> Iterator[Tensor]:

@@ -14,6 +14,7 @@ from jactus_kernels import JactusError
 from .drawing import Drawing
 from .examples import copied, few, mapped, size, tensors
 from .probes import IGNORED
+from .rounding import widened
 from .terms import Terms
 from .undo import unchanged
 
@@ -170,11 +171,6 @@ def _pair(result: tuple, index: int) -> tuple[Tensor, int]:
             f"batch {index}: the loss has {number} terms; a number of terms is whole (weights are no terms)"
         )
     return total.reshape(()), int(number)
-
-
-def widened(loss: Tensor) -> Tensor:
-    """A half-precision loss in float32: its sum over a batch's terms would overflow."""
-    return loss.float() if loss.element_size() < 4 else loss
 
 
 def _unreduced_terms(terms: Tensor, batch: Any) -> int:

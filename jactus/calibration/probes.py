@@ -39,10 +39,14 @@ class Rule:
             return at.numel()
         if self.kind.startswith("shifted"):
             at = at[..., 1:]
+        return int(self.counts(at).sum())
+
+    def counts(self, at: Tensor) -> Tensor:
+        """Which of the values do."""
         counted = at != 0 if self.kind.endswith("mask") else torch.ones_like(at, dtype=torch.bool)
         for value in self.ignored:
             counted = counted & (at != value)
-        return int(counted.sum())
+        return counted
 
     def factor(self, batch: Any) -> int:
         """What turns the loss into the sum of its terms."""

@@ -3,7 +3,7 @@
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 # Relative: of a loss; and by how much two ways of counting it must differ to be told apart. transformers computes losses in float32
 # whatever the model's dtype, so wider models are no more exact.
@@ -28,3 +28,8 @@ def rounding(model: nn.Module, loss: float = 1.0) -> tuple[float, float]:
         return FULL
     margin = -math.log(abs(loss)) if loss and math.isfinite(loss) else 1.0
     return min(HALF[0] * max(margin, 1.0), MOST), HALF[1]
+
+
+def widened(x: Tensor) -> Tensor:
+    """Half precision in float32: a loss's sum over a batch's terms would overflow; wider is left as it is."""
+    return x.float() if x.element_size() < 4 else x

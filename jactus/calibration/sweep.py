@@ -74,12 +74,11 @@ class Sweep:
             raise JactusError(
                 f"the snapshot holds {self.skip} batches, and only {index + 1} came; resume with the same ones or delete the file"
             )
-        self.statistics.drawn = bool(self.losses.drawing.found)
         drawing = self.losses.drawing
+        self.statistics.drawn = bool(drawing.found)
         if drawing.draws and not drawing.found:
-            level = (
-                logging.WARNING if drawing.draws > 1 else logging.INFO
-            )  # one draw is the default, more were asked for
+            # one draw is the default, more were asked for
+            level = logging.WARNING if drawing.draws > 1 else logging.INFO
             logger.log(level, "output gradients are of the labels given: %s", drawing.why)
         return self.statistics
 
